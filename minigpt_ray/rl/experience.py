@@ -1,0 +1,170 @@
+"""The values of one PPO step: Prompt -> Rollout -> RolloutBatch -> Scores -> Experience.
+
+All are frozen and complete when built. A batch has B rollouts (rows) and T columns; a row is its prompt followed by
+its response, padded on the right. Column t speaks about token t: `logprobs[b, t]` = log p(token t | tokens < t),
+`values[b, t]` is the critic's estimate before token t, `rewards[b, t]` arrives after it. Masks are bool, True counts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model is asked, and what a verifier needs to judge the answer."""
+
+    serial: int
+    """Number in the prompt stream, unique in a run; with the run's seed it fixes the sampling seeds."""
+    messages: tuple[dict[str, str], ...]
+    """The conversation, `{"role", "content"}`, ending with the user's turn."""
+    token_ids: np.ndarray
+    """int32 (prompt tokens,): the chat template applied, generation prompt included."""
+    source: str
+    """Where the prompt comes from; metrics are kept by source."""
+    answer: dict[str, Any] | None
+    """A reasoning-gym entry (`question`, `answer`, `metadata`), or `{"answer": text}`, or None."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response. A sample that was dropped keeps its row with valid=False."""
+
+    prompt: Prompt
+    sample: int
+    """Which of the prompt's n samples; `group` is the prompt's serial number."""
+    token_ids: np.ndarray
+    """int32 (response tokens,): the end token included when the model wrote it."""
+    model_mask: np.ndarray
+    """bool (response tokens,): True where the model itself wrote the token."""
+    logprobs: np.ndarray
+    """float32 (response tokens,): the generator's own, at the sampling temperature."""
+    weight_versions: np.ndarray
+    """int32 (response tokens,): the publication that each token was drawn from."""
+    text: str
+    finish_reason: str
+    """`stop`: the model ended; `length`: cut at the limit, a truncated response."""
+    valid: bool = True
+
+    @property
+    def group(self) -> int:
+        return self.prompt.serial
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason == "length"
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """Rollouts as padded tensors: about 21 bytes a token."""
+
+    token_ids: Int[Tensor, "B T"]
+    prompt_lengths: Int[Tensor, "B"]
+    lengths: Int[Tensor, "B"]
+    """Prompt and response together."""
+    response_mask: Bool[Tensor, "B T"]
+    """True on the tokens that the policy wrote in a valid rollout: what every loss and metric counts."""
+    truncated: Bool[Tensor, "B"]
+    groups: Int[Tensor, "B"]
+    generator_logprobs: Float[Tensor, "B T"]
+    weight_versions: Int[Tensor, "B T"]
+
+    @classmethod
+    def of(cls, rollouts: Sequence[Rollout]) -> Self:
+        """Pad rollouts to the longest; ids 0, masks False, floats 0 in the padding."""
+        size = len(rollouts)
+        prompt_lengths = [len(r.prompt.token_ids) for r in rollouts]
+        lengths = [p + len(r.token_ids) for p, r in zip(prompt_lengths, rollouts, strict=True)]
+        width = max(lengths)
+        token_ids = np.zeros((size, width), np.int32)
+        mask = np.zeros((size, width), bool)
+        logprobs = np.zeros((size, width), np.float32)
+        versions = np.zeros((size, width), np.int32)
+        for row, (rollout, start, end) in enumerate(zip(rollouts, prompt_lengths, lengths, strict=True)):
+            token_ids[row, :start] = rollout.prompt.token_ids
+            token_ids[row, start:end] = rollout.token_ids
+            mask[row, start:end] = rollout.model_mask & rollout.valid
+            logprobs[row, start:end] = rollout.logprobs
+            versions[row, start:end] = rollout.weight_versions
+        return cls(
+            token_ids=torch.from_numpy(token_ids),
+            prompt_lengths=torch.tensor(prompt_lengths, dtype=torch.int32),
+            lengths=torch.tensor(lengths, dtype=torch.int32),
+            response_mask=torch.from_numpy(mask),
+            truncated=torch.tensor([r.truncated for r in rollouts]),
+            groups=torch.tensor([r.group for r in rollouts], dtype=torch.int32),
+            generator_logprobs=torch.from_numpy(logprobs),
+            weight_versions=torch.from_numpy(versions),
+        )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+@dataclass(frozen=True)
+class RewardScores:
+    """Rewards of whole responses, by source and weighted together."""
+
+    total: Float[Tensor, "B"]
+    by_source: dict[str, Float[Tensor, "B"]]
+    """Unweighted."""
+    failed: Bool[Tensor, "B"]
+    """True where a source gave no score; such a rollout does not count."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the models and reward sources say about a RolloutBatch."""
+
+    policy_logprobs: Float[Tensor, "B T"]
+    reference_logprobs: Float[Tensor, "B T"]
+    values: Float[Tensor, "B T+1"]
+    """`values[b, lengths[b]]` is the estimate after the last token: the bootstrap of a truncated response."""
+    rewards: RewardScores
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What the learners train on."""
+
+    token_ids: Int[Tensor, "B T"]
+    lengths: Int[Tensor, "B"]
+    response_mask: Bool[Tensor, "B T"]
+    logprobs: Float[Tensor, "B T"]
+    """Of the policy before the update, computed by the policy learner: the ratio's denominator."""
+    values: Float[Tensor, "B T"]
+    advantages: Float[Tensor, "B T"]
+    returns: Float[Tensor, "B T"]
+
+    def rows(self, index: Int[Tensor, "R"]) -> Self:
+        """The given rows, cut to their longest; R rows."""
+        width = int(self.lengths[index].max())
+        values = {f.name: getattr(self, f.name)[index] for f in fields(self)}
+        return replace(self, **{name: value[:, :width] if value.ndim == 2 else value for name, value in values.items()})
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What changes from step to step outside the models: passed along, saved, restored."""
+
+    step: int
+    """Completed steps."""
+    prompts_drawn: int
+    """Cursor of the prompt stream."""
+    epoch: int
+    """Passes over the prompt set that have been begun, from 1."""
+    num_tokens_generated: int
+    """Response tokens, cumulative."""
+    kl_coef: float
+    """Current weight of the KL penalty."""
+    skipped_updates: int
+    """Updates refused because a loss or gradient was not finite, cumulative."""
