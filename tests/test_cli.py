@@ -1,0 +1,164 @@
+"""The command line: merging, overrides, errors as sentences, help."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minigpt_ray.cli import ConfigError, load_config, read_config, resolved, to_yaml, write_resolved
+from minigpt_ray.config import PPOConfig, PrepareConfig, SFTConfig
+
+ROOTS = (PPOConfig, SFTConfig, PrepareConfig)
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text: str, name: str = "a.yaml") -> str:
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_files_merge_left_to_right_and_overrides_come_last(file):
+    first = file("steps: 3\npolicy: {optimizer: {lr: 1e-6, warmup_steps: 7}}")
+    second = file("steps: 4\npolicy: {optimizer: {lr: 2e-6}}", "b.yaml")
+    config = read_config(PPOConfig, ["policy.zero_stage=2", first, second, "steps=5"])
+    assert (config.steps, config.policy.zero_stage) == (5, 2)
+    assert (config.policy.optimizer.lr, config.policy.optimizer.warmup_steps) == (2e-6, 7)
+
+
+def test_a_section_given_in_part_keeps_the_rest_of_the_fields_own_default(file):
+    assert read_config(SFTConfig, ["optimizer.lr=2e-3"]).optimizer.schedule == "cosine"
+    assert read_config(PPOConfig, [file("policy: {optimizer: {schedule: cosine}}")]).policy.optimizer.lr == 1e-6
+    assert read_config(PPOConfig, ["critic.zero_stage=2"]).critic.optimizer.lr == 1e-5
+
+
+def test_named_things_in_a_file_replace_the_default_ones_and_an_override_edits_one(file):
+    replaced = file("rewards: {short: {kind: function, function: 'lengths:short'}}")
+    assert list(read_config(PPOConfig, [replaced]).rewards) == ["short"]
+    edited = read_config(PPOConfig, ["rewards.verifier.weight=2", "rewards.short={kind: function, function: 'a:b'}"]).rewards
+    assert list(edited) == ["verifier", "short"] and edited["verifier"].weight == 2
+    removed = read_config(PPOConfig, ["rewards.short={kind: function, function: 'a:b'}", "rewards.verifier=null"]).rewards
+    assert list(removed) == ["short"]
+    whole = read_config(PPOConfig, ["rewards={short: {kind: function, function: 'a:b'}}"]).rewards
+    assert list(whole) == ["short"]
+    tasks = read_config(PrepareConfig, ["tasks={chain_sum: {options: {min_terms: 2}}}", "tasks.chain_sum.weight=3"]).tasks
+    assert list(tasks) == ["chain_sum"] and tasks["chain_sum"].options == {"min_terms": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-6", 1e-6), ("1E5", 1e5), ("+1.5e+3", 1500.0), (".5", 0.5), ("010", "010"), ("1:30", "1:30"), ("2025-01-31", "2025-01-31"), ("no", "no"), ("true", True), ("1_000", 1000), ("null", None), ("", None), ("[1, a]", [1, "a"]), ("{a: 1e-3}", {"a": 1e-3})],
+)
+def test_scalars_follow_yaml_1_2(text, value):
+    from minigpt_ray.cli import _split
+
+    found = _split([f"x={text}"])[1][0].value
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_the_resolved_tree_is_json_and_reads_back_to_an_equal_config(root, tmp_path):
+    config = read_config(root, ["run=1e-6x", "output_dir='010'"])
+    assert json.loads(json.dumps(resolved(config))) == resolved(config)
+    assert read_config(root, [str(write_resolved(config, tmp_path / "new"))]) == config
+
+
+def test_text_that_looks_like_a_number_survives_the_round_trip(tmp_path):
+    config = read_config(PPOConfig, ["run='010'", "sampling.stop=['1e-6', 'no', '', \"\\n\", '# a']"])
+    assert read_config(PPOConfig, [str(write_resolved(config, tmp_path))]) == config
+    assert config.sampling.stop == ("1e-6", "no", "", "\n", "# a")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["stepz=3"], ["stepz: unknown field, did you mean steps?", "override stepz=3"]),
+        (["lr=3"], ["did you mean policy.optimizer.lr or critic.optimizer.lr?"]),
+        (["policy.lr=3"], ["policy.lr: unknown field, did you mean policy.optimizer.lr"]),
+        (["policy=3"], ["policy=3: policy is a section; set its fields, as in policy.zero_stage=...", "override policy=3"]),
+        (["policy=null"], ["policy is a section"]),
+        (["steps.x=3"], ["steps: is a single value (an int)", "override steps.x=3"]),
+        (["policy.optimizer.lr=abc"], ["policy.optimizer.lr=abc: a float is needed", "override policy.optimizer.lr=abc"]),
+        (["generator.backend=foo"], ["generator.backend=foo: one of vllm, transformers is needed"]),
+        (["run=123"], ["run=123: a text is needed", "put it in quotes"]),
+        (["rewards.verifier.kind=foo"], ["rewards.verifier.kind=foo: unknown; one of verifier, function, model"]),
+        (["rewards.m.weight=1"], ["rewards.m.kind: is missing; one of verifier, function, model is needed", "override rewards.m.weight=1"]),
+        (["rewards.m={kind: model}"], ["rewards.m.init_from: is missing"]),
+        (["rewards.verifier.wait=1"], ["rewards.verifier.wait: unknown field"]),
+        (["algorithm.mini_batch_size=60"], ["use a divisor of 64", "override algorithm.mini_batch_size=60"]),
+        (["policy.offload_optimizer=true", "policy.zero_stage=0"], ["policy: offload_optimizer=true needs", "override policy.zero_stage=0"]),
+        (["policy.optimizer.betas=[1]"], ["policy.optimizer.betas"]),
+        (["--steps=3"], ["--steps=3: unknown option; overrides have no dashes: steps=3"]),
+        (["ppo"], ["ppo: neither a YAML file"]),
+        (["nope.yaml"], ["nope.yaml: no such file"]),
+        (["=3"], ["not a dotted path"]),
+        (["steps=%"], ["override steps=%: % is not valid YAML"]),
+    ],
+)
+def test_a_mistake_is_one_sentence_that_names_path_and_origin(arguments, parts):
+    with pytest.raises(ConfigError) as caught:
+        read_config(PPOConfig, arguments)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    for part in parts:
+        assert part in sentence
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("steps: 3\nstepz: 4\n", ["stepz: unknown field", "a.yaml, line 2"]),
+        ("policy:\n  optimizer:\n    lr: -1\n", ["policy.optimizer.lr=-1", "a.yaml, line 3"]),
+        ("policy:\n  zero_stage: 1\n  zero_stage: 2\n", ["a.yaml, line 3: policy.zero_stage is given a second time, first in line 2"]),
+        ("policy: [\n", ["a.yaml, line 2: not valid YAML"]),
+        ("a\tb: {\n", ["a.yaml, line", "not valid YAML"]),
+        ("- 1\n", ["a.yaml: holds [1], but a mapping"]),
+        ("3: x\n", ["a.yaml, line 1: the key 3 is not text"]),
+        ("prompts_per_step: 8\nalgorithm:\n  mini_batch_size: 5\n", ["prompts_per_step: ", "a.yaml, line 1; algorithm.mini_batch_size: ", "a.yaml, line 3"]),
+    ],
+)
+def test_a_mistake_in_a_file_names_the_line(file, text, parts):
+    with pytest.raises(ConfigError) as caught:
+        read_config(PPOConfig, [file(text)])
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_an_empty_file_changes_nothing(file):
+    assert read_config(PPOConfig, [file("# nothing\n")]) == PPOConfig()
+
+
+def test_every_mistake_is_told_and_the_process_ends_with_code_2(capsys):
+    with pytest.raises(SystemExit) as caught:
+        load_config(PPOConfig, ["steps=0", "prompts_per_step=x"])
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and out == "" and len(err.splitlines()) == 2
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_help_lists_every_field(root, capsys):
+    from minigpt_ray.cli import _paths
+
+    with pytest.raises(SystemExit) as caught:
+        load_config(root, ["--help"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0 and out.startswith(root.__doc__)
+    for path in _paths(root):
+        assert ".".join(path) in out
+
+
+def test_dry_run_prints_what_would_run(capsys, file):
+    with pytest.raises(SystemExit) as caught:
+        load_config(SFTConfig, ["--dry-run", "steps=7"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == to_yaml(read_config(SFTConfig, ["steps=7"]))
+
+
+def test_the_command_line_imports_neither_torch_nor_ray():
+    code = "import sys; from minigpt_ray.cli import load_config; from minigpt_ray.config import PPOConfig; load_config(PPOConfig, []); print([m for m in ('torch', 'ray', 'vllm', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True)
+    assert done.stdout.strip() == "[]"
