@@ -1,0 +1,127 @@
+"""Losses and the token arithmetic below them.
+
+Every loss and statistic is a sum over tokens divided by a count that is passed in (the tokens of the whole optimizer
+step, over all ranks and micro-batches), so that micro-batches and ranks add up to what one large batch would give.
+What stands in masked positions, even inf or nan, changes neither a value nor a gradient.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from minigpt_ray.rl.kl import k3
+
+
+def align(x: Float[Tensor, "B T *rest"]) -> Float[Tensor, "B T+1 *rest"]:
+    """Shift model outputs to the tokens they speak about: column t is the output at position t - 1, column 0 is zero."""
+    return torch.cat([torch.zeros_like(x[:, :1]), x], dim=1)
+
+
+def token_logprobs(logits: Float[Tensor, "B T V"], token_ids: Int[Tensor, "B T"], temperature: float = 1.0) -> Float[Tensor, "B T"]:
+    """log p(token t | tokens < t) = log softmax(logits[:, t - 1] / temperature)[token t], column 0 is 0.
+
+    float32 inside. Gather minus logsumexp: the autograd graph holds no second tensor of the size of the logits.
+    """
+    logits = _scaled(logits[:, :-1], temperature)
+    chosen = logits.gather(-1, token_ids[:, 1:, None].long()).squeeze(-1)
+    return align(chosen - logits.logsumexp(-1))
+
+
+def token_entropy(logits: Float[Tensor, "B T V"], temperature: float = 1.0) -> Float[Tensor, "B T"]:
+    """Entropy, in nats, of the distribution that token t was drawn from, column 0 is 0.
+
+    Holds a few tensors of the size of the logits: call it under `torch.no_grad()` unless there is an entropy bonus.
+    """
+    logits = _scaled(logits[:, :-1], temperature)
+    return align(logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1))
+
+
+def token_values(head_outputs: Float[Tensor, "B T"]) -> Float[Tensor, "B T+1"]:
+    """The critic's estimate before token t, column 0 is 0; column `lengths[b]` is the estimate after the last token of row b."""
+    return align(head_outputs.float())
+
+
+def language_model_loss(logprobs: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], num_tokens: int) -> Float[Tensor, ""]:
+    """Negative log-likelihood of the tokens under the mask, in nats: -sum(logprobs) / num_tokens."""
+    return -token_mean(torch.where(mask, logprobs, 0), num_tokens)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss and its statistics; both add up over micro-batches and ranks."""
+
+    loss: Float[Tensor, ""]
+    """What is minimised."""
+    stats: dict[str, Float[Tensor, ""]]
+    """Detached, by the names they are logged under."""
+
+
+def clipped_policy_loss(
+    logprobs: Float[Tensor, "B T"],
+    old_logprobs: Float[Tensor, "B T"],
+    advantages: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    num_tokens: int,
+    clip: float,
+    entropy: Float[Tensor, "B T"],
+    entropy_coef: float,
+) -> Loss:
+    """Clipped surrogate loss (arXiv:1707.06347) with an entropy bonus, summed over tokens and divided by num_tokens.
+
+    -min(ratio * A, clamp(ratio, 1 - clip, 1 + clip) * A) - entropy_coef * entropy, ratio = exp(logprobs - old_logprobs).
+
+    The KL is KL(old || new) by k3 on tokens that the old policy drew: ratio - 1 - log(ratio), unbiased and never negative.
+    A token counts as clipped where the clip is what stops its gradient: low for A < 0, high for A > 0.
+    """
+    logprobs, old_logprobs, advantages, entropy = (torch.where(mask, x, 0) for x in (logprobs, old_logprobs, advantages, entropy))
+    ratio = (logprobs - old_logprobs).exp()
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    loss = token_mean(-surrogate - entropy_coef * entropy, num_tokens)
+    ratio = ratio.detach()
+    stats = {
+        "train/actor_loss": loss.detach(),
+        "train/kl": token_mean(k3(old_logprobs, logprobs.detach()), num_tokens),
+        "policy/entropy": token_mean(entropy.detach(), num_tokens),
+        "policy/ratio_mean": token_mean(torch.where(mask, ratio, 0), num_tokens),
+        "policy/clip_fraction_low": token_mean(((ratio < 1 - clip) & (advantages < 0)).float(), num_tokens),
+        "policy/clip_fraction_high": token_mean(((ratio > 1 + clip) & (advantages > 0)).float(), num_tokens),
+    }
+    return Loss(loss, stats)
+
+
+def clipped_value_loss(
+    values: Float[Tensor, "B T"],
+    old_values: Float[Tensor, "B T"],
+    returns: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    num_tokens: int,
+    value_clip: float | None,
+) -> Loss:
+    """Half the squared error, summed over tokens and divided by num_tokens, flat beyond old_values +- value_clip.
+
+    max((values - returns)^2, (old_values + clamp(values - old_values, -value_clip, value_clip) - returns)^2) / 2; None: no clip.
+    A token counts as clipped where the second term is the larger one, so that it has no gradient.
+    """
+    values, old_values, returns = (torch.where(mask, x, 0) for x in (values, old_values, returns))
+    error = (values - returns).square()
+    clipped = error
+    if value_clip is not None:
+        clipped = (old_values + (values - old_values).clamp(-value_clip, value_clip) - returns).square()
+    loss = token_mean(torch.maximum(error, clipped) / 2, num_tokens)
+    stats = {
+        "train/critic_loss": loss.detach(),
+        "critic/value_clip_fraction": token_mean((clipped > error).float(), num_tokens),
+    }
+    return Loss(loss, stats)
+
+
+def token_mean(x: Float[Tensor, "B T"], num_tokens: int) -> Float[Tensor, ""]:
+    """sum(x) / num_tokens, the tokens of the whole optimizer step; 0 for a step without any."""
+    return x.sum() / max(num_tokens, 1)
+
+
+def _scaled(logits: Float[Tensor, "B T V"], temperature: float) -> Float[Tensor, "B T V"]:
+    logits = logits.float()
+    return logits if temperature == 1 else logits / temperature
