@@ -11,7 +11,9 @@ the override, that it came from. YAML is read by the 1.2 rules: `1e-6` is a numb
 """
 
 import difflib
+import functools
 import json
+import operator
 import re
 import sys
 import types
@@ -431,8 +433,7 @@ def type_name(annotation: Any, metadata: list[Any] | None = None) -> str:
             annotation, *more = get_args(annotation)
             bounds += more
         elif get_origin(annotation) in (Union, types.UnionType) and type(None) in get_args(annotation):
-            members = [a for a in get_args(annotation) if a is not type(None)]
-            annotation, optional = (members[0] if len(members) == 1 else Union[tuple(members)]), True
+            annotation, optional = functools.reduce(operator.or_, (a for a in get_args(annotation) if a is not type(None))), True
         else:
             break
     text = _bounded(_plain_type(annotation), bounds)

@@ -1,0 +1,42 @@
+"""What every test shares: a quiet environment with fixed thread counts, and one local Ray for those that need it."""
+
+import os
+from collections.abc import Iterator
+
+# Before anything imports torch, ray or vllm, which read these once. One thread each: several processes share the cores,
+# and two-thread work collapses when another process takes one.
+THREADS = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")}
+QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+    "MPLBACKEND": "Agg",
+}
+os.environ.update(THREADS | QUIET)
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import pytest  # noqa: E402
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked gpu where there is no CUDA device."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray with 8 logical CPUs, shared by all tests marked ray; each must release what it takes."""
+    import ray
+
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=True, logging_level="warning")
+    yield
+    ray.shutdown()
