@@ -1,0 +1,142 @@
+"""Model FLOPs, the peak of a device, and MFU.
+
+Counted is what the mathematics asks for, at 2 FLOPs per multiply-add of a matrix product: a token attends to itself
+and to what is before it (a kernel that computes the whole square gets no credit for the upper half), logits only where
+they are used, no padding, no recomputation. Norms, rotations and softmax are left out; they are below a percent.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+
+from minigpt_ray.presets import ModelShape
+
+# ------------------------------------------------------------------------------------------------------ the work
+
+
+def linear_flops(shape: ModelShape, num_tokens: int) -> int:
+    """Projections and feed-forward layers of the trunk."""
+    return 2 * shape.matrix_parameters * num_tokens
+
+
+def attention_flops(shape: ModelShape, num_pairs: int) -> int:
+    """Scores and weighted sum for so many (query, key) pairs, in every layer and head."""
+    return 4 * shape.num_layers * shape.num_heads * shape.head_dim * num_pairs
+
+
+def head_flops(shape: ModelShape, outputs: int, num_tokens: int) -> int:
+    """The output layer; outputs: the vocabulary, or 1 for a critic or reward model."""
+    return 2 * shape.hidden_size * outputs * num_tokens
+
+
+def forward_flops(shape: ModelShape, outputs: int, lengths: Sequence[int], num_outputs_at: int) -> int:
+    """One forward over sequences of these lengths, with the output layer at `num_outputs_at` of all their tokens."""
+    pairs = sum(length * (length + 1) // 2 for length in lengths)
+    return linear_flops(shape, sum(lengths)) + attention_flops(shape, pairs) + head_flops(shape, outputs, num_outputs_at)
+
+
+def training_flops(shape: ModelShape, outputs: int, lengths: Sequence[int], num_outputs_at: int) -> int:
+    """Forward and backward; the backward pass has two matrix products for each one of the forward pass."""
+    return 3 * forward_flops(shape, outputs, lengths, num_outputs_at)
+
+
+def generation_flops(shape: ModelShape, vocab_size: int, prompt_lengths: Sequence[int], lengths: Sequence[int]) -> int:
+    """Prefill and decoding with a KV cache; the last token of a sequence is drawn but never read.
+
+    Every rollout's prompt counts, although prefix caching may compute that of a group once. lengths: prompt and response.
+    """
+    return forward_flops(shape, vocab_size, [length - 1 for length in lengths], sum(lengths) - sum(prompt_lengths))
+
+
+@dataclass(frozen=True)
+class PPOShapes:
+    """The models that take part in a PPO step; the reference and the policy share a vocabulary."""
+
+    policy: ModelShape
+    critic: ModelShape
+    reference: ModelShape
+    reward_models: tuple[ModelShape, ...]
+    vocab_size: int
+
+
+def ppo_step_flops(shapes: PPOShapes, prompt_lengths: Sequence[int], lengths: Sequence[int], ppo_epochs: int) -> int:
+    """Every role of one step: generation, scoring forwards, and ppo_epochs trainings of policy and critic.
+
+    lengths: prompt and response of each rollout. Language models need logits for response tokens only, the critic a
+    value before each of these and one after, a reward model one output. A reward model with a tokenizer of its own is
+    counted at the policy's lengths.
+    """
+    responses = sum(lengths) - sum(prompt_lengths)
+    estimates = responses + len(lengths)
+    generator = generation_flops(shapes.policy, shapes.vocab_size, prompt_lengths, lengths)
+    policy = forward_flops(shapes.policy, shapes.vocab_size, lengths, responses)
+    reference = forward_flops(shapes.reference, shapes.vocab_size, lengths, responses)
+    critic = forward_flops(shapes.critic, 1, lengths, estimates)
+    rewards = sum(forward_flops(shape, 1, lengths, len(lengths)) for shape in shapes.reward_models)
+    training = training_flops(shapes.policy, shapes.vocab_size, lengths, responses) + training_flops(shapes.critic, 1, lengths, estimates)
+    return generator + policy + reference + critic + rewards + ppo_epochs * training
+
+
+def mfu_percent(flops: float, seconds: float, peak: float) -> float:
+    """Model FLOPs utilisation (arXiv:2204.02311): 100 * flops / (seconds * peak); peak: FLOP/s of all devices used."""
+    return 100 * flops / (seconds * peak)
+
+
+# ------------------------------------------------------------------------------------------------------ the peaks
+
+Dtype = Literal["bfloat16", "float32"]
+
+# Dense tensor-core bfloat16 with float32 accumulation, and float32 without TF32, in TFLOP/s, from the vendor's data
+# sheets. The first name that all stand in the device's name counts: so the special before the general.
+GPU_PEAKS: dict[str, dict[Dtype, float]] = {
+    "B200": {"bfloat16": 2250.0, "float32": 75.0},
+    "H200 NVL": {"bfloat16": 835.5, "float32": 60.0},
+    "H200": {"bfloat16": 989.4, "float32": 66.9},
+    "GH200": {"bfloat16": 989.4, "float32": 66.9},
+    "H100 PCIe": {"bfloat16": 756.0, "float32": 51.2},
+    "H100 NVL": {"bfloat16": 835.5, "float32": 60.0},
+    "H100": {"bfloat16": 989.4, "float32": 66.9},
+    "A100": {"bfloat16": 312.0, "float32": 19.5},
+    "A10G": {"bfloat16": 70.0, "float32": 35.0},
+    "A10": {"bfloat16": 125.0, "float32": 31.2},
+    "L40S": {"bfloat16": 362.0, "float32": 91.6},
+    "L40": {"bfloat16": 181.0, "float32": 90.5},
+    "L4": {"bfloat16": 121.0, "float32": 30.3},
+    "RTX 6000 Ada": {"bfloat16": 364.2, "float32": 91.1},
+    "RTX A6000": {"bfloat16": 154.8, "float32": 38.7},
+    "RTX 5090": {"bfloat16": 209.5, "float32": 104.8},
+    "RTX 4090": {"bfloat16": 165.2, "float32": 82.6},
+    "RTX 3090": {"bfloat16": 71.0, "float32": 35.6},
+}
+
+
+def gpu_peak_flops(device_name: str, dtype: Dtype) -> float:
+    """Peak FLOP/s of one GPU by the name that `torch.cuda.get_device_name()` gives it."""
+    words = device_name.replace("-", " ").split()
+    for name, peaks in GPU_PEAKS.items():
+        if all(word in words for word in name.split()):
+            return 1e12 * peaks[dtype]
+    raise ValueError(f"no peak is known for GPU {device_name!r}, which MFU needs; add its data sheet's dense TFLOP/s to GPU_PEAKS in minigpt_ray/flops.py")
+
+
+@cache
+def cpu_peak_flops(threads: int) -> float:
+    """FLOP/s of a float32 matrix product on so many threads of this machine, measured once (best of a quarter of a second).
+
+    bfloat16 is measured against it too: a CPU without matrix units is slower there.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    size = 512
+    a, b, out = torch.ones(size, size), torch.ones(size, size), torch.empty(size, size)
+    seconds: list[float] = []
+    while sum(seconds) < 0.25:
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        seconds.append(time.perf_counter() - start)
+    torch.set_num_threads(before)
+    return 2 * size**3 / min(seconds)
