@@ -81,7 +81,7 @@ def read_config(root: type[C], arguments: list[str]) -> C:
 
 
 def resolved(config: BaseModel) -> dict[str, Any]:
-    """The whole tree, defaults included, as values that JSON and YAML know."""
+    """The whole tree, defaults included, as values that JSON knows."""
     return config.model_dump(mode="json")
 
 
@@ -106,7 +106,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what _Loader reads."""
+    """Writes what both _Loader and YAML 1.1 readers understand: text that either takes for something else is quoted."""
 
 
 # YAML 1.1, PyYAML's default, reads 1e-6 as text, 010 as 8, 1:30 as 90, `no` as false and 2025-01-31 as a date.
@@ -117,9 +117,9 @@ _SCALARS = {
     "tag:yaml.org,2002:float": (r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
     "tag:yaml.org,2002:merge": (r"<<", "<"),
 }
-for _class in (_Loader, _Dumper):
-    _class.yaml_implicit_resolvers = {}
-    for _tag, (_pattern, _first) in _SCALARS.items():
+_Loader.yaml_implicit_resolvers = {}
+for _tag, (_pattern, _first) in _SCALARS.items():
+    for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), ["" if c == "\0" else c for c in _first])
 
 

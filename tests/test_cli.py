@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from minigpt_ray.cli import ConfigError, load_config, read_config, resolved, to_yaml, write_resolved
 from minigpt_ray.config import PPOConfig, PrepareConfig, SFTConfig
@@ -69,6 +70,7 @@ def test_the_resolved_tree_is_json_and_reads_back_to_an_equal_config(root, tmp_p
 
 def test_text_that_looks_like_a_number_survives_the_round_trip(tmp_path):
     config = read_config(PPOConfig, ["run='010'", "sampling.stop=['1e-6', 'no', '', \"\\n\", '# a']"])
+    assert yaml.safe_load(to_yaml(config)) == resolved(config)
     assert read_config(PPOConfig, [str(write_resolved(config, tmp_path))]) == config
     assert config.sampling.stop == ("1e-6", "no", "", "\n", "# a")
 

@@ -1,0 +1,161 @@
+"""A checkpoint is whole or not there, whatever happens in between."""
+
+import contextlib
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minigpt_ray import checkpoint
+from minigpt_ray.checkpoint import Checkpoints, find_fault, write_json_atomic
+
+
+def save(checkpoints, step, text="weights"):
+    directory = checkpoints.begin(step)
+    (directory / "policy").mkdir()
+    (directory / "policy/model.bin").write_text(f"{text} {step}")
+    checkpoints.save_state(directory, {"step": step, "kl_coef": 0.1 + 0.2})
+    return checkpoints.commit(step)
+
+
+def names(path):
+    return sorted(p.name for p in path.iterdir())
+
+
+def test_a_committed_checkpoint_is_the_latest_and_its_state_is_exact(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoint", keep=2)
+    assert checkpoints.latest() is None
+    path = save(checkpoints, 100)
+    assert path == tmp_path / "checkpoint/step-000100" == Checkpoints(tmp_path / "checkpoint", keep=2).latest()
+    assert checkpoints.load_state(path) == {"step": 100, "kl_coef": 0.1 + 0.2}
+    assert names(path) == ["manifest.json", "policy", "state.json"]
+
+
+def test_the_oldest_go_once_a_new_one_is_complete(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (5, 10, 1_000_000):
+        save(checkpoints, step)
+    assert names(tmp_path) == ["step-000010", "step-1000000"]
+    assert checkpoints.steps() == [10, 1_000_000]
+
+
+def test_setting_aside_keeps_one_earlier_run(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoint", keep=2)
+    assert checkpoints.set_aside() is None
+    for step in (10, 20):
+        assert checkpoints.step_of(save(checkpoints, step)) == step
+        assert checkpoints.set_aside() == tmp_path / "checkpoint.previous"
+        assert checkpoints.latest() is None
+    assert names(tmp_path / "checkpoint.previous") == ["step-000020"]
+
+
+def test_begin_empties_what_a_killed_process_left(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    (checkpoints.begin(3) / "stale").write_text("x")
+    assert names(checkpoints.begin(3)) == []
+    assert checkpoints.latest() is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda p: (p / "policy/model.bin").write_text("weightz 20"), "model.bin has 10 bytes"),
+        (lambda p: (p / "policy/model.bin").write_text("weigh"), "model.bin has 5 bytes"),
+        (lambda p: (p / "policy/model.bin").unlink(), "No such file"),
+        (lambda p: (p / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+    ],
+)
+def test_a_damaged_one_is_reported_and_the_one_before_is_taken(tmp_path, caplog, damage, words):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    save(checkpoints, 10)
+    damage(save(checkpoints, 20))
+    assert checkpoints.latest() == tmp_path / "step-000010"
+    assert len(caplog.records) == 1 and words in caplog.text and "step-000020" in caplog.text
+    assert find_fault(tmp_path / "step-000010") is None
+
+
+def test_a_step_that_is_taken_again_replaces_its_checkpoint_and_the_later_ones(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    for step in (10, 20, 30):
+        save(checkpoints, step)
+    save(checkpoints, 20, text="other")
+    assert names(tmp_path) == ["step-000010", "step-000020"]
+    assert (tmp_path / "step-000020/policy/model.bin").read_text() == "other 20"
+
+
+@pytest.mark.parametrize("failing", ["write_json_atomic", "_sync", "_entry"])
+def test_a_full_disk_leaves_the_one_before_whole_and_is_named(tmp_path, monkeypatch, failing):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    save(checkpoints, 10)
+    directory = checkpoints.begin(20)
+    (directory / "model.bin").write_text("x")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, failing, full)
+        with pytest.raises(OSError, match=r"No space left on device while writing the checkpoint .*step-000020.*earlier checkpoints are untouched") as caught:
+            checkpoints.commit(20)
+    assert caught.value.errno == errno.ENOSPC
+    assert checkpoints.latest() == tmp_path / "step-000010"
+    save(checkpoints, 20)
+    assert names(tmp_path) == ["step-000020"]
+
+
+def test_a_process_killed_between_begin_and_commit_leaves_the_old_one_as_latest(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    save(checkpoints, 10)
+    code = f"""
+from pathlib import Path; from minigpt_ray.checkpoint import Checkpoints; import time
+directory = Checkpoints(Path({str(tmp_path)!r}), keep=1).begin(20)
+(directory / "model.bin").write_text("half"); print("begun", flush=True); time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as process:
+        assert process.stdout.readline() == "begun\n"
+        os.kill(process.pid, signal.SIGKILL)
+    assert checkpoints.latest() == tmp_path / "step-000010"
+    assert save(checkpoints, 20) == checkpoints.latest()
+    assert names(tmp_path) == ["step-000020"]
+
+
+@pytest.mark.parametrize("calls", range(12))
+def test_dying_at_any_write_of_commit_leaves_a_whole_checkpoint(tmp_path, monkeypatch, calls):
+    """Every file operation of a commit in turn is the last one that happens."""
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    save(checkpoints, 10)
+    directory = checkpoints.begin(20)
+    (directory / "model.bin").write_text("x")
+    left = [calls]
+
+    class Killed(BaseException):
+        pass
+
+    def counted(function):
+        def call(*args, **kwargs):
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            return function(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", counted(os.fsync))
+        patch.setattr(os, "replace", counted(os.replace))
+        patch.setattr(Path, "rename", counted(Path.rename))
+        patch.setattr(checkpoint.shutil, "rmtree", counted(checkpoint.shutil.rmtree))
+        with contextlib.suppress(Killed):
+            checkpoints.commit(20)
+    assert checkpoints.latest() in (tmp_path / "step-000010", tmp_path / "step-000020")
+
+
+def test_json_is_replaced_whole(tmp_path):
+    write_json_atomic(tmp_path / "a.json", {"a": 1})
+    with pytest.raises(TypeError):
+        write_json_atomic(tmp_path / "a.json", {"a": object()})
+    assert (tmp_path / "a.json").read_text() == '{\n "a": 1\n}'
