@@ -55,7 +55,7 @@ class Loss:
     loss: Float[Tensor, ""]
     """What is minimised."""
     stats: dict[str, Float[Tensor, ""]]
-    """Detached, by the names they are logged under."""
+    """Detached, by name."""
 
 
 def clipped_policy_loss(
@@ -81,12 +81,12 @@ def clipped_policy_loss(
     loss = token_mean(-surrogate - entropy_coef * entropy, num_tokens)
     ratio = ratio.detach()
     stats = {
-        "train/actor_loss": loss.detach(),
-        "train/kl": token_mean(k3(old_logprobs, logprobs.detach()), num_tokens),
-        "policy/entropy": token_mean(entropy.detach(), num_tokens),
-        "policy/ratio_mean": token_mean(torch.where(mask, ratio, 0), num_tokens),
-        "policy/clip_fraction_low": token_mean(((ratio < 1 - clip) & (advantages < 0)).float(), num_tokens),
-        "policy/clip_fraction_high": token_mean(((ratio > 1 + clip) & (advantages > 0)).float(), num_tokens),
+        "actor_loss": loss.detach(),
+        "kl": token_mean(k3(old_logprobs, logprobs.detach()), num_tokens),
+        "entropy": token_mean(entropy.detach(), num_tokens),
+        "ratio_mean": token_mean(torch.where(mask, ratio, 0), num_tokens),
+        "clip_fraction_low": token_mean(((ratio < 1 - clip) & (advantages < 0)).float(), num_tokens),
+        "clip_fraction_high": token_mean(((ratio > 1 + clip) & (advantages > 0)).float(), num_tokens),
     }
     return Loss(loss, stats)
 
@@ -111,8 +111,8 @@ def clipped_value_loss(
         clipped = (old_values + (values - old_values).clamp(-value_clip, value_clip) - returns).square()
     loss = token_mean(torch.maximum(error, clipped) / 2, num_tokens)
     stats = {
-        "train/critic_loss": loss.detach(),
-        "critic/value_clip_fraction": token_mean((clipped > error).float(), num_tokens),
+        "critic_loss": loss.detach(),
+        "value_clip_fraction": token_mean((clipped > error).float(), num_tokens),
     }
     return Loss(loss, stats)
 

@@ -77,12 +77,12 @@ def test_policy_loss_by_hand() -> None:
     advantages = row(2.0, -2.0, 2.0, -2.0, 1.0)
     loss = policy_loss(ratio.log(), torch.zeros(1, 5), advantages, mask(1, 1, 1, 1, 1), 5)
     assert loss.loss.item() == pytest.approx(-(1.2 * 2 - 1.5 * 2 + 0.5 * 2 - 0.8 * 2 + 1.1) / 5)
-    assert loss.stats["train/actor_loss"] == loss.loss
-    assert loss.stats["policy/ratio_mean"].item() == pytest.approx(1.02)
-    assert loss.stats["policy/clip_fraction_high"].item() == pytest.approx(0.2)
-    assert loss.stats["policy/clip_fraction_low"].item() == pytest.approx(0.2)
+    assert loss.stats["actor_loss"] == loss.loss
+    assert loss.stats["ratio_mean"].item() == pytest.approx(1.02)
+    assert loss.stats["clip_fraction_high"].item() == pytest.approx(0.2)
+    assert loss.stats["clip_fraction_low"].item() == pytest.approx(0.2)
     kl = sum(r - 1 - math.log(r) for r in ratio[0].tolist()) / 5
-    assert loss.stats["train/kl"].item() == pytest.approx(kl, abs=1e-6)
+    assert loss.stats["kl"].item() == pytest.approx(kl, abs=1e-6)
 
 
 def test_a_token_counts_as_clipped_exactly_where_its_gradient_is_zero() -> None:
@@ -92,7 +92,7 @@ def test_a_token_counts_as_clipped_exactly_where_its_gradient_is_zero() -> None:
     loss = policy_loss(logprobs, torch.zeros(4, 9), torch.randn(4, 9), counted, 36)
     loss.loss.backward()
     share = (logprobs.grad == 0).float().mean()
-    assert loss.stats["policy/clip_fraction_low"] + loss.stats["policy/clip_fraction_high"] == pytest.approx(share.item())
+    assert loss.stats["clip_fraction_low"] + loss.stats["clip_fraction_high"] == pytest.approx(share.item())
 
 
 def test_policy_gradient_before_the_first_update_is_that_of_advantage_times_logprob() -> None:
@@ -105,13 +105,13 @@ def test_entropy_bonus_lowers_the_loss_by_coefficient_times_entropy() -> None:
     arguments = (row(-1.0, -2.0), row(-1.0, -2.0), row(0.0, 0.0), mask(0, 1), 1)
     loss = policy_loss(*arguments, entropy_coef=0.1)
     assert loss.loss.item() == pytest.approx(-0.05)
-    assert loss.stats["policy/entropy"].item() == 0.5
+    assert loss.stats["entropy"].item() == 0.5
 
 
 def test_kl_statistic_is_unbiased() -> None:
     """Exact expectation over what the old policy draws: sum of p * k3 = KL(old || new)."""
     old, new = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.2, 0.5, 0.3]])
-    per_token = [policy_loss(new[:, i : i + 1].log(), old[:, i : i + 1].log(), row(0.0), mask(1), 1).stats["train/kl"] for i in range(3)]
+    per_token = [policy_loss(new[:, i : i + 1].log(), old[:, i : i + 1].log(), row(0.0), mask(1), 1).stats["kl"] for i in range(3)]
     expected = (old * (old / new).log()).sum()
     assert sum(p * k for p, k in zip(old[0], per_token, strict=True)).item() == pytest.approx(expected.item(), abs=1e-6)
 
@@ -121,10 +121,10 @@ def test_value_loss_by_hand() -> None:
     values, returns = row(0.1, 0.5, 0.5, -0.5), row(1.0, 1.0, 0.0, 1.0)
     loss = clipped_value_loss(values, torch.zeros(1, 4), returns, mask(1, 1, 1, 1), 4, value_clip=0.2)
     assert loss.loss.item() == pytest.approx((0.9**2 + 0.8**2 + 0.5**2 + 1.5**2) / 8)
-    assert loss.stats["critic/value_clip_fraction"].item() == 0.25
+    assert loss.stats["value_clip_fraction"].item() == 0.25
     unclipped = clipped_value_loss(values, torch.zeros(1, 4), returns, mask(1, 1, 1, 1), 4, value_clip=None)
     assert unclipped.loss.item() == pytest.approx(F.mse_loss(values, returns).item() / 2)
-    assert unclipped.stats["critic/value_clip_fraction"] == 0
+    assert unclipped.stats["value_clip_fraction"] == 0
 
 
 # -------------------------------------------------------------------------------------------------- what they share

@@ -14,7 +14,7 @@ from minigpt_ray.rl.kl import k1
 
 
 def rollout_metrics(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
-    """Lengths, drops and staleness of what the generator delivered; version: the newest publication when the step began."""
+    """Lengths, drops and staleness of what the generator delivered; version: the newest publication when they were asked for."""
     valid = [r for r in rollouts if r.valid]
     lengths = torch.tensor([int(r.model_mask.sum()) for r in valid], dtype=torch.float64)
     truncated = torch.tensor([r.truncated for r in valid], dtype=torch.float64)
@@ -30,7 +30,6 @@ def rollout_metrics(rollouts: Sequence[Rollout], version: int) -> dict[str, floa
         "rollouts/dropped": float(len(rollouts) - len(valid)),
         "staleness/mean": float(staleness.mean()),
         "staleness/max": _quantile(staleness, 1.0),
-        "weights/version": float(version),
     }
 
 

@@ -29,6 +29,7 @@ def make_experience(batch: RolloutBatch, scores: Scores, algorithm: AlgorithmCon
         values=torch.where(mask, scores.values[:, :-1], 0),
         advantages=whiten(advantages, mask) if algorithm.whiten_advantages else advantages,
         returns=returns,
+        step=state.step,
     )
     num_tokens = state.num_tokens_generated + int(batch.response_mask.sum())
     return experience, replace(state, step=state.step + 1, num_tokens_generated=num_tokens)
