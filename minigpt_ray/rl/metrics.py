@@ -46,7 +46,7 @@ def score_metrics(rollouts: Sequence[Rollout], batch: RolloutBatch, scores: Scor
     advantages, returns, values = (_tokens(x, mask) for x in (experience.advantages, experience.returns, experience.values))
     return {
         "train/reward": float(total.mean()),
-        "reward/std": float(total.std(correction=0)),
+        "reward/std": _variance(total) ** 0.5,
         "reward/failed": float(rewards.failed.sum()),
         **{f"reward/{name}": float(x[counted].double().mean()) for name, x in rewards.by_source.items()},
         **_reward_by_source(rollouts, rewards.total, counted),
@@ -57,14 +57,14 @@ def score_metrics(rollouts: Sequence[Rollout], batch: RolloutBatch, scores: Scor
         "critic/values_mean": float(values.mean()),
         "critic/returns_mean": float(returns.mean()),
         "advantages/mean": float(advantages.mean()),
-        "advantages/std": float(advantages.std(correction=0)),
+        "advantages/std": _variance(advantages) ** 0.5,
     }
 
 
 def explained_variance(values: Float[Tensor, "N"], returns: Float[Tensor, "N"]) -> float:
     """1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for a constant one, nan for constant returns."""
-    variance = returns.var(correction=0)
-    return float(1 - (returns - values).var(correction=0) / variance) if variance > 0 else float("nan")
+    variance = _variance(returns)
+    return 1 - _variance(returns - values) / variance if variance > 0 else float("nan")
 
 
 def _reward_by_source(rollouts: Sequence[Rollout], total: Float[Tensor, "B"], counted: Bool[Tensor, "B"]) -> dict[str, float]:
@@ -78,6 +78,10 @@ def _reward_by_source(rollouts: Sequence[Rollout], total: Float[Tensor, "B"], co
 
 def _tokens(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "N"]:
     return x[mask].double()
+
+
+def _variance(x: Float[Tensor, "N"]) -> float:
+    return float((x - x.mean()).square().mean())
 
 
 def _quantile(x: Float[Tensor, "N"], share: float) -> float:
