@@ -269,7 +269,7 @@ class Tracker:
         for path in (self.metrics_path, self.samples_path):
             if resume_step:
                 _cut_back(path, resume_step)
-            elif path.exists():
+            elif path.exists() and path.stat().st_size:
                 path.replace(path.with_suffix(".previous.jsonl"))
         self._open()
         self._sinks: list[_Sink] = []

@@ -1,0 +1,211 @@
+"""How much memory each role needs, estimated from the shape of its model before any process starts.
+
+    for role in estimate(config):
+        print(role.name, role.gib)
+
+It is an estimate to plan by, within about a third of what a process turns out to hold. This module imports neither torch
+nor ray: the model is known by its config.json, and without one the answer is that it is unknown until the model exists.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from minigpt_ray.config import EngineConfig, EvaluateConfig, GeneratorConfig, LearnerConfig, ModelReward, PPOConfig, ReferenceConfig, RolePlacement
+from minigpt_ray.presets import ModelShape
+
+GIB = 2**30
+BYTES = {"float32": 4, "bfloat16": 2}
+
+PROCESS_GIB = {"generator": 0.8, "rewards": 0.4}
+"""What a process holds with its libraries loaded and no model, in GiB."""
+OTHER_PROCESS_GIB = 0.6
+GPU_CONTEXT_GIB = 0.6
+"""CUDA context and communication buffers of one process on a GPU."""
+
+
+@dataclass(frozen=True)
+class RoleMemory:
+    """One role: its processes, its model, and the GiB that one rank needs, by what they are for."""
+
+    name: str
+    placement: RolePlacement
+    parameters: int | None
+    """Of the whole model; None where it is unknown or the role has none."""
+    parts: dict[str, float]
+    """GiB of one rank, on its GPU if it has one."""
+    note: str = ""
+
+    @property
+    def gib(self) -> float | None:
+        """GiB of one rank together, None where the model is unknown."""
+        return sum(self.parts.values()) if self.parts else None
+
+
+def estimate(config: PPOConfig | EvaluateConfig) -> list[RoleMemory]:
+    """All roles of a job that has a placement."""
+    if isinstance(config, EvaluateConfig):
+        found = [shape for shape in (find_shape(model, config.run_dir) for model in config.models) if shape is not None]
+        largest = max(found, key=ModelShape.num_parameters, default=None)
+        return [_generator(config, " ".join(config.models), largest)]
+    place, policy = config.placement, find_shape(config.policy.init_from, config.run_dir)
+
+    def shape_of(init_from: str) -> ModelShape | None:
+        return policy if init_from == "policy" else find_shape(init_from, config.run_dir)
+
+    models = [source for source in config.rewards.values() if isinstance(source, ModelReward)]
+    return [
+        _generator(config, config.policy.init_from, policy),
+        _learner("policy", place.policy, config.policy, policy, scalar_head=False),
+        _learner("critic", place.critic, config.critic, shape_of(config.critic.init_from), scalar_head=True),
+        _frozen("reference", place.reference, config.reference, shape_of(config.reference.init_from), scalar_head=False),
+        *(
+            _frozen(f"reward_model_{i}", place.reward_model, model, shape_of(model.init_from), scalar_head=True)
+            for i, model in enumerate(models)
+        ),
+        RoleMemory("rewards", RolePlacement(), None, {"process": PROCESS_GIB["rewards"]}),
+    ]
+
+
+def find_shape(init_from: str, run_dir: Path) -> ModelShape | None:
+    """Shape of a stage of the run or of a local directory; None when there is no such model yet, or it is on the hub."""
+    for directory in (run_dir / init_from / "model", Path(init_from)):
+        if (directory / "config.json").is_file():
+            return ModelShape.from_config_json(directory / "config.json")
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------- roles
+
+
+def state_bytes(parameters: int, engine: EngineConfig, ranks: int) -> dict[str, float]:
+    """Bytes on one rank of weights, gradients and optimizer states, sharded as the ZeRO stage says (arXiv:1910.02054).
+
+    AdamW keeps two float32 moments; bfloat16, and every ZeRO stage above 0, also a float32 copy of the weights.
+    """
+    width, stage = BYTES[engine.dtype], engine.zero_stage
+    master = 4 if engine.dtype == "bfloat16" or stage > 0 else 0
+    return {
+        "weights": parameters * width / (ranks if stage == 3 else 1),
+        "gradients": parameters * width / (ranks if stage >= 2 else 1),
+        "optimizer": 0.0 if engine.offload_optimizer else parameters * (8 + master) / (ranks if stage >= 1 else 1),
+    }
+
+
+def activation_bytes(shape: ModelShape, tokens: int, dtype: str, *, training: bool, checkpointing: bool = False, logits: bool) -> float:
+    """Bytes that a forward (and backward) over so many tokens holds, attention scores never being stored.
+
+    A layer keeps per token its input, two norms, queries, keys and values before and after their rotation, the attention's
+    output, and four values of the feed-forward width. Logits are float32, with their log-softmax and, in training, gradient.
+    """
+    heads = shape.head_dim * (shape.num_heads + 2 * shape.num_kv_heads)
+    layer = (6 * shape.hidden_size + 3 * heads + 4 * shape.intermediate_size) * tokens * BYTES[dtype]
+    residual = shape.hidden_size * tokens * BYTES[dtype]
+    kept = layer if not training else shape.num_layers * residual + layer if checkpointing else shape.num_layers * layer
+    return float(kept + (tokens * (shape.vocab_size or 0) * 4 * (3 if training else 2) if logits else 0))
+
+
+def cache_bytes(shape: ModelShape, tokens: int, dtype: str) -> int:
+    """Bytes of keys and values of so many tokens in every layer."""
+    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * tokens * BYTES[dtype]
+
+
+def _parameters(shape: ModelShape, scalar_head: bool) -> int:
+    return shape.num_trunk_parameters() + shape.hidden_size if scalar_head else shape.num_parameters()
+
+
+def _learner(name: str, placement: RolePlacement, learner: LearnerConfig, shape: ModelShape | None, *, scalar_head: bool) -> RoleMemory:
+    if shape is None:
+        return _unknown(name, placement, learner.init_from)
+    parameters = _parameters(shape, scalar_head)
+    parts = state_bytes(parameters, learner, placement.ranks)
+    parts["activations"] = activation_bytes(
+        shape, learner.micro_batch_tokens, learner.dtype, training=True, checkpointing=learner.activation_checkpointing, logits=not scalar_head
+    )
+    note = f"optimizer states of {parameters * 12 / placement.ranks / GIB:.2f} GiB in host memory" if learner.offload_optimizer else ""
+    return _known(name, placement, parameters, parts, note)
+
+
+def _frozen(name: str, placement: RolePlacement, model: ReferenceConfig | ModelReward, shape: ModelShape | None, *, scalar_head: bool) -> RoleMemory:
+    if shape is None:
+        return _unknown(name, placement, model.init_from)
+    parameters = _parameters(shape, scalar_head)
+    activations = activation_bytes(shape, model.micro_batch_tokens, model.dtype, training=False, logits=not scalar_head)
+    parts = {"weights": float(parameters * BYTES[model.dtype]), "activations": activations}
+    return _known(name, placement, parameters, parts)
+
+
+def _generator(config: PPOConfig | EvaluateConfig, init_from: str, shape: ModelShape | None) -> RoleMemory:
+    generator, placement = config.generator, config.placement.generator
+    if shape is None:
+        return _unknown("generator", placement, init_from)
+    parameters = shape.num_parameters()
+    weights = {"weights": parameters * BYTES[generator.dtype] / placement.tensor_parallel}
+    sequences = generator.max_num_seqs
+    logits = {"activations": float(sequences * (shape.vocab_size or 0) * 4 * 2)}
+    tokens = sequences * (config.data.max_prompt_tokens + config.sampling.max_tokens)
+    return _known("generator", placement, parameters, weights | logits | {"cache": _cache(generator, placement, shape, tokens)}, _cache_note(generator, placement))
+
+
+def _cache(generator: GeneratorConfig, placement: RolePlacement, shape: ModelShape, tokens: int) -> float:
+    if generator.backend == "vllm" and not placement.gpus:
+        return float(generator.kv_cache_mib * 2**20)
+    return float(cache_bytes(shape, tokens, generator.dtype))
+
+
+def _cache_note(generator: GeneratorConfig, placement: RolePlacement) -> str:
+    if generator.backend == "vllm" and placement.gpus:
+        return f"at the longest sequences; vLLM takes {generator.gpu_memory_utilization:.0%} of each GPU and queues what does not fit"
+    return ""
+
+
+def _known(name: str, placement: RolePlacement, parameters: int, parts: dict[str, float], note: str = "") -> RoleMemory:
+    process = GPU_CONTEXT_GIB if placement.gpus else PROCESS_GIB.get(name, OTHER_PROCESS_GIB)
+    return RoleMemory(name, placement, parameters, {part: size / GIB for part, size in parts.items()} | {"process": process}, note)
+
+
+def _unknown(name: str, placement: RolePlacement, init_from: str) -> RoleMemory:
+    return RoleMemory(name, placement, None, {}, f"unknown until the model exists on this machine ({init_from})")
+
+
+# ------------------------------------------------------------------------------------------------------- table
+
+
+def placement_table(roles: list[RoleMemory]) -> Table:
+    """Roles, their processes and what one rank of each needs."""
+    table = Table(title="Placement", title_justify="left", show_footer=True)
+    total = [role.placement for role in roles]
+    known = [role.gib * role.placement.ranks for role in roles if role.gib is not None]
+    table.add_column("role", footer="all")
+    for name, footer in (
+        ("ranks", f"{sum(p.ranks for p in total)}"),
+        ("CPUs", f"{sum(p.ranks * p.cpus for p in total)}"),
+        ("GPUs", f"{sum(p.ranks * p.gpus for p in total):g}"),
+        ("parameters", ""),
+        ("GiB per rank", f"{sum(known):.1f} in all" if len(known) == len(roles) else "unknown"),
+    ):
+        table.add_column(name, footer=footer, justify="right")
+    table.add_column("of which, largest first")
+    for role in roles:
+        place = role.placement
+        parts = sorted(role.parts.items(), key=lambda item: -item[1])
+        split = ", ".join(f"{part} {gib:.2f}" for part, gib in parts if gib >= 0.005)
+        table.add_row(
+            role.name,
+            f"{place.ranks}",
+            f"{place.ranks * place.cpus}",
+            f"{place.ranks * place.gpus:g}",
+            "" if role.parameters is None else f"{role.parameters:,}",
+            "?" if role.gib is None else f"{role.gib:.2f}",
+            "; ".join(filter(None, [split, role.note])),
+        )
+    return table
+
+
+def print_placement(config: PPOConfig | EvaluateConfig) -> None:
+    """The placement table on stdout."""
+    console = Console()
+    # A pipe has no width of its own; 80 columns would break every row.
+    (console if console.is_terminal else Console(width=160)).print(placement_table(estimate(config)))

@@ -1,0 +1,77 @@
+"""The memory estimate: sharding as ZeRO says, exact where it can be, unknown where it must be."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minigpt_ray.checkpoint import write_json_atomic
+from minigpt_ray.cli import load_config, read_config
+from minigpt_ray.config import EngineConfig, EvaluateConfig, PPOConfig
+from minigpt_ray.memory import GIB, activation_bytes, estimate, find_shape, state_bytes
+from minigpt_ray.presets import PRESETS
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Overrides that point to a run with an SFT model of the nano preset."""
+    directory = tmp_path / "demo/sft/model"
+    directory.mkdir(parents=True)
+    write_json_atomic(directory / "config.json", {**PRESETS["nano"].to_hf(), "vocab_size": 320})
+    return ["run=demo", f"output_dir={tmp_path}"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stage", "expected"),
+    [
+        ("float32", 0, (4, 4, 8)),
+        ("float32", 1, (4, 4, 3)),
+        ("bfloat16", 0, (2, 2, 12)),
+        ("bfloat16", 1, (2, 2, 3)),
+        ("bfloat16", 2, (2, 0.5, 3)),
+        ("bfloat16", 3, (0.5, 0.5, 3)),
+    ],
+)
+def test_bytes_per_parameter_on_four_ranks(dtype, stage, expected):
+    found = state_bytes(1000, EngineConfig(dtype=dtype, zero_stage=stage), ranks=4)
+    assert tuple(found[part] / 1000 for part in ("weights", "gradients", "optimizer")) == expected
+
+
+def test_checkpointing_and_frozen_models_hold_fewer_activations():
+    shape = PRESETS["qwen3-26m"]
+    full, checkpointed = (activation_bytes(shape, 8192, "float32", training=True, checkpointing=c, logits=False) for c in (False, True))
+    frozen = activation_bytes(shape, 8192, "float32", training=False, logits=False)
+    assert full > checkpointed > frozen
+
+
+def test_every_role_is_estimated_once_the_model_exists(run):
+    config = read_config(PPOConfig, [*run, "rewards.rm={kind: model, init_from: sft}", "placement.policy.ranks=2"])
+    roles = {role.name: role for role in estimate(config)}
+    assert list(roles) == ["generator", "policy", "critic", "reference", "reward_model_0", "rewards"]
+    assert all(role.gib is not None and 0 < role.gib < 3 for role in roles.values())
+    shape = find_shape("sft", config.run_dir)
+    assert roles["policy"].parameters == roles["generator"].parameters == shape.num_parameters()
+    assert roles["critic"].parameters == shape.num_parameters() + shape.hidden_size
+    assert roles["generator"].parts["cache"] == 256 / 1024
+    assert roles["reference"].parts["weights"] == shape.num_parameters() * 4 / GIB
+
+
+def test_before_the_model_exists_the_memory_is_unknown(tmp_path):
+    roles = estimate(read_config(PPOConfig, [f"output_dir={tmp_path}"]))
+    assert [role.name for role in roles if role.gib is not None] == ["rewards"]
+
+
+@pytest.mark.parametrize("root", [PPOConfig, EvaluateConfig])
+def test_dry_run_ends_with_the_placement_table(root, run, capsys):
+    with pytest.raises(SystemExit) as caught:
+        load_config(root, [*run, "--dry-run", "placement.generator.ranks=3"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert "Placement" in out and "generator" in out and f"{find_shape('sft', Path(run[1].removeprefix('output_dir=')) / 'demo').num_parameters():,}" in out
+
+
+def test_the_estimate_imports_neither_torch_nor_ray(run):
+    code = "import sys; from minigpt_ray.memory import estimate; print([m for m in ('torch', 'ray', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True)
+    assert done.stdout.strip() == "[]"
