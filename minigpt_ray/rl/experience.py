@@ -7,7 +7,7 @@ its response, padded on the right. Column t speaks about token t: `logprobs[b, t
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ class RolloutBatch:
     weight_versions: Int[Tensor, "B T"]
 
     @classmethod
-    def of(cls, rollouts: Sequence[Rollout]) -> Self:
+    def of(cls, rollouts: Sequence[Rollout]) -> "RolloutBatch":
         """Pad rollouts to the longest; ids 0, masks False, floats 0 in the padding."""
         size = len(rollouts)
         prompt_lengths = [len(r.prompt.token_ids) for r in rollouts]
@@ -141,12 +141,14 @@ class Experience:
     values: Float[Tensor, "B T"]
     advantages: Float[Tensor, "B T"]
     returns: Float[Tensor, "B T"]
+    step: int
+    """The step it was made in, from 0: seeds the choice of mini-batches."""
 
-    def rows(self, index: Int[Tensor, "R"]) -> Self:
+    def rows(self, index: Int[Tensor, "R"]) -> "Experience":
         """The given rows, cut to their longest; R rows."""
         width = int(self.lengths[index].max())
-        values = {f.name: getattr(self, f.name)[index] for f in fields(self)}
-        return replace(self, **{name: value[:, :width] if value.ndim == 2 else value for name, value in values.items()})
+        tensors = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "step"}
+        return replace(self, **{name: tensor[:, :width] if tensor.ndim == 2 else tensor for name, tensor in tensors.items()})
 
     def __len__(self) -> int:
         return len(self.lengths)

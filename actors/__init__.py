@@ -1,0 +1,1 @@
+"""Where it is computed: the processes that are not the driver."""

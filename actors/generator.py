@@ -1,0 +1,216 @@
+"""The rollout generator: workers with an engine each, and the pool that the driver holds.
+
+A sampling seed is a function of (run seed, prompt serial number, sample), so the same weights give the same tokens
+whoever generates them, and a prompt that is handed out again after a worker's death changes nothing.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+from torch import Tensor
+
+from actors.group import Group, Rank
+from actors.placement import Cluster
+from actors.weights import Publication, fetch, probe_gap
+from minigpt_ray.config import GeneratorConfig, SamplingConfig
+from minigpt_ray.rl.experience import Prompt, Rollout
+from minigpt_ray.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response that is wanted."""
+
+    token_ids: np.ndarray
+    """int32 (prompt tokens,)."""
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One response as an engine gives it."""
+
+    token_ids: np.ndarray
+    """int32 (tokens,): the end token included when it was drawn."""
+    logprobs: np.ndarray
+    """float32 (tokens,): of the distribution that was sampled from."""
+    finish_reason: str
+    """`stop` or `length`."""
+
+
+class GeneratorEngine(Protocol):
+    """What a generator worker needs of an engine."""
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> list[Completion]: ...
+    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None: ...
+    def probe(self, token_ids: Sequence[int]) -> list[float]: ...
+    def sleep(self) -> None: ...
+    def wake(self) -> None: ...
+
+
+def _vllm(path: str, config: GeneratorConfig, max_model_len: int, tensor_parallel: int, seed: int) -> GeneratorEngine:
+    from actors.vllm_engine import VLLMEngine
+
+    return VLLMEngine(path, config, max_model_len, tensor_parallel, seed)
+
+
+def _transformers(path: str, config: GeneratorConfig, max_model_len: int, tensor_parallel: int, seed: int) -> GeneratorEngine:
+    from actors.transformers_engine import TransformersEngine
+
+    return TransformersEngine(path, config, max_model_len, tensor_parallel, seed)
+
+
+ENGINES: dict[str, Callable[[str, GeneratorConfig, int, int, int], GeneratorEngine]] = {"vllm": _vllm, "transformers": _transformers}
+
+
+@dataclass(frozen=True)
+class Received:
+    """Proof that a worker generates with a version."""
+
+    version: int
+    probe_gap: float
+    """Nats."""
+    seconds: float
+
+
+class GeneratorWorker:
+    """One engine. It generates only with weights whose version it has proved."""
+
+    def __init__(self, rank: Rank, path: str, config: GeneratorConfig, max_model_len: int, tensor_parallel: int, seed: int, probe_tolerance: float) -> None:
+        self.engine = ENGINES[config.backend](path, config, max_model_len, tensor_parallel, seed)
+        self.tokenizer = load_tokenizer(path)
+        self.config, self.probe_tolerance = config, probe_tolerance
+        self.version = -1
+
+    def receive(self, publication: Publication) -> Received:
+        """Load a publication and prove it; raises WeightsError when the bytes or the probe do not agree."""
+        start = time.perf_counter()
+        self.version = -1
+        if self.config.sleep_between_phases:
+            self.engine.wake()
+        self.engine.load(fetch(publication))
+        gap = probe_gap(publication, self.engine.probe(publication.probe.token_ids), self.probe_tolerance)
+        self.version = publication.version
+        return Received(self.version, gap, time.perf_counter() - start)
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingConfig, version: int) -> list[tuple[Completion, str]]:
+        """Completions and their text, in order."""
+        if version != self.version:
+            raise RuntimeError(f"this worker has proved weights version {self.version} and was asked to generate with {version}")
+        completions = self.engine.generate(requests, sampling)
+        return [(c, self.tokenizer.decode(c.token_ids, skip_special_tokens=True)) for c in completions]
+
+    def load_checkpoint(self, version: int) -> None:
+        """Generate with the checkpoint that the engine was built from, as `version`."""
+        self.version = version
+
+    def sleep(self) -> None:
+        if self.config.sleep_between_phases:
+            self.engine.sleep()
+
+
+def sampling_seed(run_seed: int, serial: int, sample: int, turn: int = 0) -> int:
+    """31-bit seed of one response."""
+    return int(np.random.SeedSequence([run_seed, serial, sample, turn]).generate_state(1)[0]) >> 1
+
+
+class Generator(Group[GeneratorWorker]):
+    """The pool of workers as the driver sees it."""
+
+    def __init__(self, cluster: Cluster, path: str, config: GeneratorConfig, max_model_len: int, tensor_parallel: int, probe_tolerance: float, seed: int) -> None:
+        """`path`: the checkpoint that engines are built from; `max_model_len`: longest prompt and response together."""
+        self._cluster, self._seed, self._restarts_left = cluster, seed, config.restart_limit
+        self._build_args = (path, config, max_model_len, tensor_parallel, seed, probe_tolerance)
+        self._publication: Publication | None = None
+        self.version = -1
+        self.restarts = 0
+        self.received: list[Received] = []
+        super().__init__(cluster.hosts("generator", form_group=False), "generator", GeneratorWorker, *self._build_args)
+
+    def receive(self, publication: Publication) -> None:
+        """Every worker loads and proves a publication before it generates again."""
+        self._publication, self.version = publication, publication.version
+        self.received = self.call(GeneratorWorker.receive, publication).result()
+
+    def use_checkpoint(self, version: int = 0) -> None:
+        """Generate with the checkpoint that the workers were built from."""
+        self.version = version
+        self.call(GeneratorWorker.load_checkpoint, version).result()
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Rollout]:
+        """`sampling.n` rollouts per prompt, ordered by prompt and sample, whoever generated them.
+
+        Prompts are cut into one contiguous part per worker. A worker that dies is replaced, up to
+        generator.restart_limit times in a run, and its part is generated again, with the same tokens.
+        """
+        parts = [prompts[Rank(index, len(self.hosts), "cpu").share(len(prompts))] for index in range(len(self.hosts))]
+        requests = [[Request(p.token_ids, sampling_seed(self._seed, p.serial, s)) for p in part for s in range(sampling.n)] for part in parts]
+        start, memory = time.perf_counter(), 0
+        pending = [self._submit(index, request, sampling) for index, request in enumerate(requests)]
+        rollouts: list[Rollout] = []
+        for index, part in enumerate(parts):
+            timed = self._result(index, pending[index], requests[index], sampling)
+            memory += timed.memory_bytes
+            wanted = [(prompt, sample) for prompt in part for sample in range(sampling.n)]
+            rollouts += [_rollout(prompt, sample, completion, text, self.version) for (prompt, sample), (completion, text) in zip(wanted, timed.value, strict=True)]
+        self.usage.busy_seconds += time.perf_counter() - start
+        self.usage.memory_bytes = memory
+        return rollouts
+
+    def _submit(self, index: int, requests: list[Request], sampling: SamplingConfig) -> Any:
+        return self.hosts[index].call.remote(self.role, GeneratorWorker.generate, (requests, sampling, self.version))
+
+    def _result(self, index: int, pending: Any, requests: list[Request], sampling: SamplingConfig) -> Any:
+        while True:
+            try:
+                return ray.get(pending)
+            except ray.exceptions.RayActorError as death:
+                self._replace(index, death)
+                pending = self._submit(index, requests, sampling)
+
+    def _replace(self, index: int, death: Exception) -> None:
+        """Start a worker in the place of a dead one and bring it to the current version."""
+        if self._restarts_left == 0:
+            raise RuntimeError("a generator worker died and generator.restart_limit is used up; see the worker's log for the cause") from death
+        self._restarts_left -= 1
+        self.restarts += 1
+        logger.warning("generator worker %d died; a new one takes its place and its prompts", index)
+        self.hosts[index] = host = self._cluster.host("generator", index)
+        ray.get(host.build.remote(self.role, GeneratorWorker, *self._build_args))
+        if self._publication is None:
+            ray.get(host.call.remote(self.role, GeneratorWorker.load_checkpoint, (self.version,)))
+        else:
+            ray.get(host.call.remote(self.role, GeneratorWorker.receive, (self._publication,)))
+
+    def metrics(self) -> dict[str, float]:
+        """About the last publication and the workers' health."""
+        if not self.received or self._publication is None:
+            return {}
+        return {
+            "weights/version": float(self.version),
+            "weights/publish_bytes": float(self._publication.num_bytes),
+            "weights/probe_gap": max(r.probe_gap for r in self.received),
+            "weights/receive_s": max(r.seconds for r in self.received),
+            "restarts/generator": float(self.restarts),
+        }
+
+
+def _rollout(prompt: Prompt, sample: int, completion: Completion, text: str, version: int) -> Rollout:
+    size = len(completion.token_ids)
+    return Rollout(
+        prompt=prompt,
+        sample=sample,
+        token_ids=completion.token_ids,
+        model_mask=np.ones(size, bool),
+        logprobs=completion.logprobs,
+        weight_versions=np.full(size, version, np.int32),
+        text=text,
+        finish_reason=completion.finish_reason,
+    )

@@ -1,0 +1,186 @@
+"""Groups of ranks: how the driver talks to the processes that compute.
+
+A role is a plain class with one instance per rank, built by tests without Ray. A RankHost is the Ray actor that holds
+rank objects, of one role or of several that share it. A Group is the role as the driver sees it: it sends a method,
+never its name, and gets a Pending back.
+"""
+
+import os
+import socket
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, is_dataclass
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
+
+import psutil
+import ray
+
+A, B, C, D, E = TypeVar("A"), TypeVar("B"), TypeVar("C"), TypeVar("D"), TypeVar("E")
+R = TypeVar("R")
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Where a rank object stands among its peers."""
+
+    index: int
+    world: int
+    device: str
+    """`cpu` or `cuda`."""
+
+    def share(self, size: int) -> slice:
+        """The contiguous part of `size` rows that is this rank's; parts differ by at most one row."""
+        return slice(size * self.index // self.world, size * (self.index + 1) // self.world)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A result and what it took."""
+
+    value: Any
+    seconds: float
+    memory_bytes: int
+    """Resident memory of the process."""
+
+
+class RankHost:
+    """The process that holds rank objects. Made a Ray actor by placement.Cluster."""
+
+    def __init__(self, index: int, world: int, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self.rank = Rank(index, world, "cuda" if torch.cuda.is_available() else "cpu")
+        self.roles: dict[str, Any] = {}
+
+    def address(self) -> tuple[str, int]:
+        """This host's address and a port that is free on it."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def join(self, address: str, port: int) -> None:
+        """Form the process group of all hosts of this set."""
+        import torch
+        import torch.distributed as dist
+
+        names = {"MASTER_ADDR": address, "MASTER_PORT": port, "RANK": self.rank.index, "WORLD_SIZE": self.rank.world, "LOCAL_RANK": 0, "LOCAL_SIZE": 1}
+        os.environ.update({name: str(value) for name, value in names.items()})
+        if torch.cuda.is_available():
+            torch.cuda.set_device(0)
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+    def build(self, role: str, build: Callable[..., Any], *args: Any) -> None:
+        self.roles[role] = build(self.rank, *args)
+
+    def call(self, role: str, method: Callable[..., Any], args: tuple[Any, ...]) -> Timed:
+        """Run a method of a role's rank object; arguments that were put into the object store arrive as values."""
+        values = [ray.get(a.ref) if isinstance(a, Shared) else a for a in args]
+        start = time.perf_counter()
+        value = method(self.roles[role], *values)
+        return Timed(value, time.perf_counter() - start, psutil.Process().memory_info().rss)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """An argument that lies in the object store once, for every role that reads it."""
+
+    ref: Any
+
+
+_shared: dict[int, tuple[weakref.ref[Any], Shared]] = {}
+
+
+def by_reference(value: Any) -> Any:
+    """A dataclass value (a batch, an experience) goes into the object store, once per living object; the rest travels as it is."""
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    key = id(value)
+    if key not in _shared:
+        _shared[key] = (weakref.ref(value, lambda _: _shared.pop(key, None)), Shared(ray.put(value)))
+    return _shared[key][1]
+
+
+class Pending(Generic[T]):
+    """A result that is being computed elsewhere."""
+
+    def __init__(self, result: Callable[[], T]) -> None:
+        self._result = result
+
+    def result(self) -> T:
+        """Wait for it. An exception of a rank is raised here with its own type and the remote traceback."""
+        return self._result()
+
+    def then(self, change: Callable[[T], B]) -> "Pending[B]":
+        return Pending(lambda: change(self._result()))
+
+    @classmethod
+    def done(cls, value: T) -> "Pending[T]":
+        return cls(lambda: value)
+
+
+@overload
+def gather(a: Pending[A], b: Pending[B], /) -> tuple[A, B]: ...
+@overload
+def gather(a: Pending[A], b: Pending[B], c: Pending[C], /) -> tuple[A, B, C]: ...
+@overload
+def gather(a: Pending[A], b: Pending[B], c: Pending[C], d: Pending[D], /) -> tuple[A, B, C, D]: ...
+def gather(*pending: Pending[Any]) -> tuple[Any, ...]:
+    """Wait for several results that are computed side by side."""
+    return tuple(p.result() for p in pending)
+
+
+@dataclass
+class Usage:
+    """What a role's ranks have done since it was last asked."""
+
+    busy_seconds: float = 0.0
+    """Of the busiest rank, summed over calls."""
+    memory_bytes: int = 0
+    """Of all its ranks together."""
+
+
+class Group(Generic[R]):
+    """One role on its ranks."""
+
+    def __init__(self, hosts: Sequence[Any], role: str, build: Callable[..., R], *args: Any) -> None:
+        """Builds the rank objects, all at the same time; `ready` waits for them."""
+        self.hosts, self.role = list(hosts), role
+        self.usage = Usage()
+        self._building = [host.build.remote(role, build, *args) for host in hosts]
+
+    def ready(self) -> None:
+        ray.get(self._building)
+
+    def each(self, method: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> Pending[list[T]]:
+        """The method on every rank, each with arguments of its own; results in rank order."""
+        refs = [host.call.remote(self.role, method, tuple(map(by_reference, args))) for host, args in zip(self.hosts, arguments, strict=True)]
+
+        def result() -> list[T]:
+            timed = ray.get(refs)
+            self.usage.busy_seconds += max(t.seconds for t in timed)
+            self.usage.memory_bytes = sum(t.memory_bytes for t in timed)
+            return [t.value for t in timed]
+
+        return Pending(result)
+
+    def call(self, method: Callable[Concatenate[R, P], T], *args: P.args, **kwargs: P.kwargs) -> Pending[list[T]]:
+        """The method on every rank, with the same arguments; one result per rank."""
+        assert not kwargs, "remote methods take positional arguments"
+        return self.each(method, [args] * len(self.hosts))
+
+    def first(self, method: Callable[Concatenate[R, P], T], *args: P.args, **kwargs: P.kwargs) -> Pending[T]:
+        """The method on every rank; the result of rank 0."""
+        return self.call(method, *args, **kwargs).then(lambda results: results[0])
+
+    def scatter(self, method: Callable[[R, A], T], batch: A, join: Callable[[list[T]], T]) -> Pending[T]:
+        """The method on every rank, each of which takes its share of the rows of `batch`; results are joined in rank order."""
+        return self.each(method, [(batch,)] * len(self.hosts)).then(join)
+
+    def usage_metrics(self, seconds: float) -> dict[str, float]:
+        """Idle share (0 to 1) over the last `seconds`, which were counted since the last call, and resident memory in GiB."""
+        usage, self.usage = self.usage, Usage()
+        return {f"time/idle_share/{self.role}": max(0.0, 1 - usage.busy_seconds / seconds), f"memory/{self.role}_gib": usage.memory_bytes / 2**30}

@@ -1,0 +1,73 @@
+"""What the policy and the critic learner share: PPO epochs and mini-batches."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actors.engine import Engine, Stats
+from actors.group import Rank
+from minigpt_ray.config import AlgorithmConfig
+from minigpt_ray.rl.batching import micro_batches, mini_batches
+from minigpt_ray.rl.experience import Experience
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What the PPO epochs of one step came to."""
+
+    stats: dict[str, float]
+    """Token means over the mini-batches of the last epoch."""
+    grad_norm: float
+    """Mean over those mini-batches, before clipping."""
+    lr: float
+    """Of the last optimizer step."""
+    skipped: int
+    """Updates refused because a loss or gradient was not finite."""
+
+
+def learn(
+    engine: Engine,
+    rank: Rank,
+    experience: Experience,
+    algorithm: AlgorithmConfig,
+    budget: int,
+    seed: int,
+    loss: Callable[[nn.Module, Experience, int], tuple[Tensor, Stats]],
+) -> Learnt:
+    """PPO epochs and mini-batches. Mini-batches are chosen globally; only then are their rows dealt out to ranks.
+
+    Raises FloatingPointError when an update is refused and `non_finite` is `stop`; nothing has been changed by it.
+    """
+    sums: dict[str, float] = {}
+    tokens = skipped = 0
+    grad_norms: list[float] = []
+    lr = 0.0
+    for epoch in range(algorithm.ppo_epochs):
+        for rows in mini_batches(len(experience), algorithm.mini_batch_size, seed, experience.step, epoch):
+            index = torch.from_numpy(rows)
+            num_tokens = max(1, int(experience.response_mask[index].sum()))
+            plan = micro_batches(experience.lengths[index].tolist(), budget, rank.world)[rank.index]
+            parts = [_part(experience, index, positions, engine.device) for positions in plan]
+            update = engine.update(parts, lambda model, part: loss(model, part, num_tokens))  # noqa: B023
+            lr = update.lr
+            if not update.applied:
+                skipped += 1
+                if algorithm.non_finite == "stop":
+                    raise FloatingPointError(f"step {experience.step}, PPO epoch {epoch}: a loss or gradient is not finite and no update was applied; lower the learning rate, or set algorithm.non_finite=skip to go on")
+            elif epoch == algorithm.ppo_epochs - 1:
+                grad_norms.append(update.grad_norm)
+                tokens += num_tokens
+                for name, value in update.stats.items():
+                    sums[name] = sums.get(name, 0.0) + value * num_tokens
+    return Learnt({name: value / max(1, tokens) for name, value in sums.items()}, sum(grad_norms) / max(1, len(grad_norms)), lr, skipped)
+
+
+def _part(experience: Experience, index: Tensor, positions: list[int], device: torch.device) -> Experience:
+    """The rows of a micro-batch on the device; without rows, one row that counts for nothing."""
+    part = experience.rows(index[torch.tensor(positions or [0])])
+    tensors: dict[str, Any] = {f.name: getattr(part, f.name) for f in fields(part) if isinstance(getattr(part, f.name), Tensor)}
+    part = replace(part, **{name: tensor.to(device) for name, tensor in tensors.items()})
+    return part if positions else replace(part, response_mask=torch.zeros_like(part.response_mask))

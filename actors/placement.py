@@ -1,0 +1,139 @@
+"""Who runs where: the cluster, its pre-flight, placement groups, the processes of a role."""
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.group import RankHost
+from minigpt_ray.config import PlacementConfig, RolePlacement
+from minigpt_ray.flops import cpu_peak_flops, gpu_peak_flops
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+PREFLIGHT_SECONDS = 10.0
+
+
+def environment(threads: int) -> dict[str, Any]:
+    """Ray's runtime environment of one process: its threads, where to import from, and quiet libraries."""
+    return {
+        "env_vars": {
+            "OMP_NUM_THREADS": str(threads),
+            "MKL_NUM_THREADS": str(threads),
+            "TOKENIZERS_PARALLELISM": "false",
+            "TRANSFORMERS_VERBOSITY": "error",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "DS_ACCELERATOR_LOG_LEVEL": "ERROR",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "PYTHONPATH": os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            **{name: os.environ[name] for name in ("HF_HUB_OFFLINE", "CUDA_HOME") if name in os.environ},
+        }
+    }
+
+
+def roles_of(config: PlacementConfig, reward_models: int) -> dict[str, RolePlacement]:
+    """The roles of a PPO job: each gets processes of its own."""
+    roles = {"generator": config.generator, "policy": config.policy, "critic": config.critic, "reference": config.reference}
+    return roles | {f"reward_model_{i}": config.reward_model for i in range(reward_models)} | {"rewards": RolePlacement()}
+
+
+class Cluster:
+    """The Ray cluster while a job runs: checks that the request fits, then starts hosts where their bundles are."""
+
+    def __init__(self, config: PlacementConfig, roles: Mapping[str, RolePlacement]) -> None:
+        self.roles = roles
+        connect(config.address, cpus=sum(r.ranks * r.cpus for r in roles.values()))
+        preflight(roles)
+        self._groups = {name: self._reserve(name, role, config.strategy) for name, role in roles.items()}
+
+    @property
+    def peak_flops(self) -> float:
+        """FLOP/s that all devices of the roles can do together: GPUs where there are any, else this machine's cores."""
+        gpus = sum(role.ranks * role.gpus for role in self.roles.values())
+        if gpus:
+            return gpus * gpu_peak_flops(ray.get(ray.remote(num_gpus=0.01)(gpu_name).remote()), "bfloat16")
+        return cpu_peak_flops(min(os.cpu_count() or 1, sum(role.ranks * role.cpus for role in self.roles.values())))
+
+    def _reserve(self, name: str, role: RolePlacement, strategy: str) -> PlacementGroup:
+        bundle = {"CPU": float(role.cpus), **({"GPU": float(role.gpus)} if role.gpus else {})}
+        group = placement_group([bundle] * role.ranks, strategy=strategy.upper(), name=name)
+        if not group.wait(60):
+            raise RuntimeError(f"placement.{name}: no node has room for {role.ranks} x {bundle}; see `ray status`")
+        return group
+
+    def hosts(self, name: str, form_group: bool) -> list[Any]:
+        """Start the processes of a role; with `form_group` they join one process group."""
+        role = self.roles[name]
+        hosts = [self.host(name, index) for index in range(role.ranks)]
+        if form_group:
+            address, port = ray.get(hosts[0].address.remote())
+            for host in hosts:
+                host.join.remote(address, port)
+        return hosts
+
+    def host(self, name: str, index: int) -> Any:
+        """Start process `index` of a role in its bundle of the reservation."""
+        role = self.roles[name]
+        actor = ray.remote(RankHost).options(
+            num_cpus=role.cpus,
+            num_gpus=role.gpus,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._groups[name], placement_group_bundle_index=index),
+            runtime_env=environment(role.cpus),
+        )
+        return actor.remote(index, role.ranks, role.cpus)
+
+    def close(self) -> None:
+        """Give the reservations back; the processes in them end."""
+        for group in self._groups.values():
+            remove_placement_group(group)
+
+    def __enter__(self) -> "Cluster":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def gpu_name() -> str:
+    """Name of the GPU that this process was given."""
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+def connect(address: str | None, cpus: int) -> None:
+    """Join a cluster, or start one on this machine with as many logical CPUs as the roles ask for."""
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else workers run at nice 15 and anything else starves them
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if ray.is_initialized():
+        return
+    if address is not None or "RAY_ADDRESS" in os.environ:
+        ray.init(address=address or "auto", logging_level=logging.WARNING, log_to_driver=True)
+    else:
+        ray.init(num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, logging_level=logging.WARNING, log_to_driver=True)
+
+
+def preflight(roles: Mapping[str, RolePlacement]) -> None:
+    """Refuse within seconds what the cluster cannot hold, with a table of what is missing."""
+    asked = {
+        "CPU": sum(r.ranks * r.cpus for r in roles.values()),
+        "GPU": sum(r.ranks * r.gpus for r in roles.values()),
+    }
+    deadline = time.monotonic() + PREFLIGHT_SECONDS
+    while True:
+        present = ray.available_resources()
+        missing = {name: need for name, need in asked.items() if need > present.get(name, 0.0)}
+        if not missing:
+            return
+        if time.monotonic() > deadline:
+            rows = [f"    {name:<12} {role.ranks} x {role.cpus} CPU, {role.gpus:g} GPU" for name, role in roles.items()]
+            lacking = ", ".join(f"{need:g} {name} asked and {present.get(name, 0.0):g} free" for name, need in missing.items())
+            raise RuntimeError("\n".join([f"the cluster cannot hold this job: {lacking}; ask for less under `placement` or add nodes", *rows]))
+        time.sleep(0.5)

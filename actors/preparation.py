@@ -1,0 +1,122 @@
+"""What a PPO job settles before any process starts: which models, which prompts, where to go on. Bad input is refused here."""
+
+import logging
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from actors.placement import roles_of
+from minigpt_ray.checkpoint import Checkpoints
+from minigpt_ray.cli import resolved, write_resolved
+from minigpt_ray.config import FunctionReward, ModelReward, PPOConfig, RolePlacement, VerifierReward
+from minigpt_ray.data.prompts import PromptSet, load_prompts
+from minigpt_ray.flops import PPOShapes
+from minigpt_ray.models import resolve_model
+from minigpt_ray.presets import ModelShape
+from minigpt_ray.tokenizer import load_tokenizer
+from minigpt_ray.tracking import Tracker
+
+logger = logging.getLogger(__name__)
+
+MAY_DIFFER_ON_RESUME = ("steps", "logging", "checkpoint", "evaluation", "placement", "generator")
+"""Fields, or sections, of the configuration that a resumed run may change; any other difference would be another run."""
+
+
+class Preparation:
+    """A PPO configuration with everything that it refers to found, read and checked.
+
+    Raises ValueError or FileNotFoundError with one sentence that names the place and the remedy.
+    """
+
+    def __init__(self, config: PPOConfig) -> None:
+        self.config = config
+        self.directory = config.stage_dir("ppo")
+        self.policy_path = resolve_model(config.policy.init_from, config.run_dir)
+        self.tokenizer = load_tokenizer(self.policy_path)
+        default = config.stage_dir("prepare_data")
+        self.prompts = load_prompts(config.data, default / "prompts.jsonl", self.tokenizer)
+        self.held_out = load_prompts(config.evaluation.data, default / "held_out.jsonl", self.tokenizer).prompts[: config.evaluation.num_prompts]
+        self._check_rewards()
+        self.checkpoints = Checkpoints(self.directory / "checkpoint", config.checkpoint.keep)
+        self.start = self._start()
+
+    @property
+    def roles(self) -> dict[str, RolePlacement]:
+        models = sum(isinstance(source, ModelReward) for source in self.config.rewards.values())
+        return roles_of(self.config.placement, models)
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt and longest response together."""
+        responses = max(self.config.sampling.max_tokens, self.config.evaluation.sampling.max_tokens)
+        return max(len(p.token_ids) for p in (*self.prompts.prompts, *self.held_out)) + responses
+
+    @cached_property
+    def shapes(self) -> PPOShapes:
+        """Shapes of all models, for counting FLOPs."""
+        policy = self._shape(self.config.policy.init_from)
+        assert policy.vocab_size is not None
+        rewards = tuple(self._shape(source.init_from) for source in self.config.rewards.values() if isinstance(source, ModelReward))
+        return PPOShapes(policy, self._shape(self.config.critic.init_from), self._shape(self.config.reference.init_from), rewards, policy.vocab_size)
+
+    def _shape(self, init_from: str) -> ModelShape:
+        path = self.policy_path if init_from == "policy" else resolve_model(init_from, self.config.run_dir)
+        return ModelShape.from_config_json(Path(path) / "config.json")
+
+    def tracker(self) -> Tracker:
+        """Opens the run's files, cut back to the checkpoint that the run goes on from."""
+        write_resolved(self.config, self.directory)
+        step = 0 if self.start is None else self.checkpoints.step_of(self.start)
+        epochs = -(-self.config.steps * self.config.prompts_per_step // len(self.prompts))
+        tracker = Tracker(self.directory, "ppo", resolved(self.config), self.config.logging, self.config.steps, step, epochs=epochs)
+        tracker.message(self._greeting(self.prompts, step))
+        return tracker
+
+    def _greeting(self, prompts: PromptSet, step: int) -> str:
+        lost = f" ({prompts.dropped} too long and dropped, {prompts.truncated} cut)" if prompts.dropped or prompts.truncated else ""
+        beginning = f"goes on after step {step}" if step else "starts"
+        return f"PPO {beginning}: {len(prompts):,} prompts{lost}, {len(self.held_out):,} held out, policy {self.policy_path}"
+
+    def _check_rewards(self) -> None:
+        from actors.rewards import load_function
+
+        for name, source in self.config.rewards.items():
+            if isinstance(source, ModelReward):
+                resolve_model(source.init_from, self.config.run_dir)
+            elif isinstance(source, FunctionReward):
+                load_function(name, source)
+            elif isinstance(source, VerifierReward):
+                without = sum(p.answer is None for p in self.prompts.prompts)
+                if without:
+                    raise ValueError(f"rewards.{name} verifies answers, but {without} of {len(self.prompts)} prompts carry none; give every prompt an answer or use another reward")
+
+    def _start(self) -> Path | None:
+        """The checkpoint to go on from. Without resume=auto the stage starts over, and an earlier run's checkpoints are kept aside."""
+        if self.config.checkpoint.resume == "never":
+            self.checkpoints.set_aside()
+            return None
+        start = self.checkpoints.latest()
+        if start is not None:
+            before = yaml.safe_load((start / "config.yaml").read_text())
+            refuse_differences(before, resolved(self.config), start)
+        return start
+
+
+def refuse_differences(before: Mapping[str, Any], now: Mapping[str, Any], start: Path) -> None:
+    """Raise ValueError, naming every field, when a resumed run would not be the run that was saved."""
+    old, new = _flat(before), _flat(now)
+    changed = [name for name in sorted(old.keys() | new.keys()) if name.split(".")[0] not in MAY_DIFFER_ON_RESUME and old.get(name) != new.get(name)]
+    if changed:
+        listed = ", ".join(f"{name}: {old.get(name)} -> {new.get(name)}" for name in changed)
+        raise ValueError(f"cannot resume from {start}, the configuration has changed ({listed}); undo that, or start over with checkpoint.resume=never")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat

@@ -1,0 +1,59 @@
+"""The course of a PPO run: which step is next, what is saved and restored, how fast it goes."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+
+from actors.critic import Critic
+from actors.group import Group, gather
+from actors.policy import Policy
+from actors.preparation import Preparation
+from minigpt_ray.cli import write_resolved
+from minigpt_ray.data.prompts import PromptStream
+from minigpt_ray.flops import ppo_step_flops
+from minigpt_ray.rl.experience import RolloutBatch, TrainingState
+from minigpt_ray.tracking import Rates, Timer
+
+
+class Training:
+    """Steps, checkpoints and rates of one run."""
+
+    def __init__(self, ready: Preparation, policy: Policy, critic: Critic, roles: Sequence[Group], peak_flops: float) -> None:
+        """Waits until every role is built, then goes on from the checkpoint of `ready`, or from the beginning."""
+        self.ready, self.config, self.policy, self.critic, self.roles = ready, ready.config, policy, critic, roles
+        for role in roles:
+            role.ready()
+        self.state = TrainingState(0, prompts_drawn=0, epoch=1, num_tokens_generated=0, kl_coef=self.config.algorithm.kl_coef, skipped_updates=0)
+        if ready.start is not None:
+            self.state = TrainingState(**ready.checkpoints.load_state(ready.start))
+            gather(policy.load(ready.start), critic.load(ready.start))
+        self.prompts = PromptStream(ready.prompts.prompts, self.config.seed, start=self.state.prompts_drawn)
+        self.rates = Rates(self.config.steps, peak_flops)
+
+    def steps(self) -> Iterator[TrainingState]:
+        """The state before each step that is left."""
+        while self.state.step < self.config.steps:
+            yield self.state
+
+    def metrics(self, state: TrainingState, batch: RolloutBatch, timer: Timer) -> dict[str, float]:
+        """Progress, rates, and what every role was doing in the step that led to `state`."""
+        seconds = sum(s for name, s in timer.seconds.items() if "/" not in name)
+        flops = ppo_step_flops(self.ready.shapes, batch.prompt_lengths.tolist(), batch.lengths.tolist(), self.config.algorithm.ppo_epochs)
+        return {
+            "train/epoch": self.prompts.epoch,
+            "train/num_tokens_generated": state.num_tokens_generated,
+            **self.rates.step(state.step, seconds, int(batch.response_mask.sum()), len(batch), flops),
+            "time/step_s": seconds,
+            **timer.metrics(),
+            **{name: value for role in self.roles for name, value in role.usage_metrics(seconds).items()},
+        }
+
+    def commit(self, state: TrainingState) -> None:
+        """The step is complete; a checkpoint is written when one is due."""
+        self.state = replace(state, prompts_drawn=self.prompts.drawn, epoch=self.prompts.epoch)
+        if state.step % self.config.checkpoint.every and state.step != self.config.steps:
+            return
+        directory = self.ready.checkpoints.begin(state.step)
+        gather(self.policy.save(directory), self.critic.save(directory))
+        self.ready.checkpoints.save_state(directory, asdict(self.state))
+        write_resolved(self.config, directory)
+        self.ready.checkpoints.commit(state.step)

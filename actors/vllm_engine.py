@@ -1,0 +1,97 @@
+"""The vLLM engine of a generator worker: the only module that imports vllm.
+
+Runs in the worker's own process (no engine subprocess), on CPU and GPU by the same code.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import vllm._custom_ops
+from torch import Tensor, nn
+from vllm import LLM, SamplingParams
+from vllm.outputs import RequestOutput
+
+from actors.generator import Completion, Request
+from minigpt_ray.config import GeneratorConfig, SamplingConfig
+
+# With oneDNN, vLLM on CPU packs linear weights into a private format, and a tied output head keeps the packed copy of
+# old weights after an update, silently. Without it the parameters stay live; at this size the speed is the same.
+vllm._custom_ops._supports_onednn = False
+
+
+class VLLMEngine:
+    """Generates with vLLM and takes new weights in place."""
+
+    def __init__(self, path: str, config: GeneratorConfig, max_model_len: int, tensor_parallel: int, seed: int) -> None:
+        gpu = torch.cuda.is_available()
+        memory: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_utilization} if gpu else {"kv_cache_memory_bytes": config.kv_cache_mib << 20}
+        self.llm = LLM(
+            model=path,
+            dtype=config.dtype,
+            seed=seed,
+            max_model_len=max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            enforce_eager=config.enforce_eager,
+            enable_sleep_mode=config.sleep_between_phases,
+            tensor_parallel_size=tensor_parallel,
+            distributed_executor_backend="mp" if tensor_parallel > 1 else "uni",  # else vLLM looks for Ray in a placement group
+            generation_config="vllm",  # sampling is ours, not the checkpoint's
+            logprobs_mode="processed_logprobs",  # after the temperature, as the learner computes them
+            disable_log_stats=True,
+            **memory,
+        )
+        self.eos_token_id = self.llm.get_tokenizer().eos_token_id
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> list[Completion]:
+        """One completion per request, in order."""
+        parameters = [
+            SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                min_p=sampling.min_p,
+                max_tokens=sampling.max_tokens,
+                stop=list(sampling.stop),
+                seed=request.seed,
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=bool(sampling.stop),
+            )
+            for request in requests
+        ]
+        prompts = [{"prompt_token_ids": list(request.token_ids)} for request in requests]
+        return [_completion(output) for output in self.llm.generate(prompts, parameters, use_tqdm=False)]
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace weights in place; what was cached for the old ones is dropped."""
+        named = list(tensors)
+
+        def load_weights(model: nn.Module) -> None:
+            model.load_weights(iter(named))
+
+        self.llm.apply_model(load_weights)
+        self.llm.reset_prefix_cache()
+
+    def probe(self, token_ids: Sequence[int]) -> list[float]:
+        """log p(token t | tokens < t) of tokens 1 to the last, at temperature 1."""
+        parameters = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        (output,) = self.llm.generate([{"prompt_token_ids": list(token_ids)}], [parameters], use_tqdm=False)
+        assert output.prompt_logprobs is not None
+        return [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], token_ids[1:], strict=True) if entry is not None]
+
+    def sleep(self) -> None:
+        """Give the GPU's memory back; weights are published again before the next call."""
+        self.llm.sleep(level=2)
+
+    def wake(self) -> None:
+        self.llm.wake_up()
+
+
+def _completion(output: RequestOutput) -> Completion:
+    (best,) = output.outputs
+    assert best.logprobs is not None
+    logprobs = [entry[token].logprob for entry, token in zip(best.logprobs, best.token_ids, strict=True) if entry is not None]
+    reason = "length" if best.finish_reason == "length" else "stop"
+    return Completion(np.asarray(best.token_ids, np.int32), np.asarray(logprobs, np.float32), reason)

@@ -1,0 +1,68 @@
+"""PPO: reinforcement learning from rewards, driven from this page.
+
+    python -m jobs.ppo configs/debug/ppo.yaml                                            one machine, no GPU needed
+    ray job submit --working-dir . -- python -m jobs.ppo configs/ppo.yaml                a cluster
+
+The generator (vLLM), the policy and critic learners (DeepSpeed), the frozen reference and the reward sources are Ray
+actors; this driver starts work, gathers results and logs. Rollouts, Scores and Experience are defined in
+minigpt_ray/rl/experience.py, what is computed from them in minigpt_ray/rl/step.py.
+"""
+
+from minigpt_ray.cli import load_config
+from minigpt_ray.config import PPOConfig
+
+
+def train(config: PPOConfig) -> None:
+    """Run PPO from the newest checkpoint (checkpoint.resume=auto) or from the beginning."""
+    from actors.critic import Critic
+    from actors.evaluation import log_evaluation, sample_row
+    from actors.generator import Generator
+    from actors.group import gather
+    from actors.placement import Cluster
+    from actors.policy import Policy
+    from actors.preparation import Preparation
+    from actors.reference import Reference
+    from actors.rewards import Rewards
+    from actors.training import Training
+    from minigpt_ray.rl.experience import RolloutBatch, Scores
+    from minigpt_ray.rl.metrics import rollout_metrics, score_metrics
+    from minigpt_ray.rl.step import make_experience
+    from minigpt_ray.tracking import Timer
+
+    ready = Preparation(config)  # bad input is refused before any process starts
+    with ready.tracker() as tracker, Cluster(config.placement, ready.roles) as cluster:
+        peak_flops = cluster.peak_flops
+        generator = Generator(cluster, ready.policy_path, config.generator, ready.max_model_len, config.placement.generator.tensor_parallel, config.weights.probe_tolerance, config.seed)
+        policy, critic, reference = Policy(cluster, config), Critic(cluster, config), Reference(cluster, config)
+        rewards = Rewards(cluster, config.rewards, config.run_dir, ready.policy_path)
+        training = Training(ready, policy, critic, [generator, policy, critic, reference, *rewards.groups], peak_flops)
+        generator.receive(policy.publish(training.state.step))
+        if training.state.step == 0:
+            log_evaluation(tracker, 0, generator, rewards, ready.held_out, config.evaluation)
+
+        for state in training.steps():
+            timer = Timer()
+            with timer("rollout"):
+                rollouts = generator.generate(training.prompts.next(config.prompts_per_step), config.sampling)
+            with timer("score"):
+                batch = RolloutBatch.of(rollouts)
+                scores = Scores(*gather(policy.logprobs(batch), reference.logprobs(batch), critic.values(batch), rewards.score(rollouts, batch)))
+            with timer("advantage"):
+                experience, state = make_experience(batch, scores, config.algorithm, state)
+            with timer("learn"):
+                learnt = gather(policy.update(experience), critic.update(experience))
+            with timer("publish"):
+                generator.receive(policy.publish(state.step))
+
+            measured = rollout_metrics(rollouts, state.step - 1) | score_metrics(rollouts, batch, scores, experience)
+            tracker.log(state.step, training.metrics(state, batch, timer) | measured | learnt[0] | learnt[1] | generator.metrics())
+            tracker.samples(state.step, map(sample_row, rollouts[: config.logging.samples_per_step], scores.rewards.total.tolist()))
+            if config.evaluation.due(state.step, config.steps):
+                log_evaluation(tracker, state.step, generator, rewards, ready.held_out, config.evaluation)
+            training.commit(state)  # writes a checkpoint when one is due
+        policy.export(ready.directory / "model")
+        tracker.message(f"the model is in {ready.directory / 'model'}")
+
+
+if __name__ == "__main__":
+    train(load_config(PPOConfig))

@@ -1,0 +1,27 @@
+"""Scoring answers to held-out prompts."""
+
+import math
+from collections.abc import Sequence
+
+from minigpt_ray.rl.experience import Rollout
+
+
+def evaluation_metrics(rollouts: Sequence[Rollout], verified: Sequence[float], rewards: Sequence[float], prefix: str = "eval/") -> dict[str, float]:
+    """Means over rollouts, in all and by source of the prompt.
+
+    `accuracy` is the share of answers that the verifier gives its full score (exact match), over prompts that carry an
+    answer; `mean_reward` the mean of `rewards`; `avg_response_len` counts response tokens.
+    """
+    checked = [(rollout.prompt.source, score == 1.0) for rollout, score in zip(rollouts, verified, strict=True) if not math.isnan(score)]
+    sources = sorted({source for source, _ in checked})
+    return {
+        f"{prefix}accuracy": _mean([right for _, right in checked]),
+        f"{prefix}mean_reward": _mean(rewards),
+        f"{prefix}avg_response_len": _mean([len(rollout.token_ids) for rollout in rollouts]),
+        f"{prefix}truncated_fraction": _mean([rollout.truncated for rollout in rollouts]),
+        **({f"{prefix}accuracy/{s}": _mean([right for source, right in checked if source == s]) for s in sources} if len(sources) > 1 else {}),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

@@ -1,0 +1,121 @@
+"""Models: build or load a causal language model or a scalar head on the same trunk, and what both say about tokens.
+
+Stock Hugging Face architectures, so that vLLM and `AutoModelForCausalLM.from_pretrained` load an export as it is.
+"""
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, logging
+from transformers.models.auto.configuration_auto import AutoConfig
+
+from minigpt_ray.presets import PRESETS
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def resolve_model(init_from: str, run_dir: Path) -> str:
+    """A stage of the run, a local directory or a hub id -> what `from_pretrained` takes.
+
+    Raises FileNotFoundError when it looks like a path and holds no model.
+    """
+    stage = run_dir / init_from / "model"
+    if (stage / "config.json").is_file():
+        return str(stage)
+    local = Path(init_from)
+    if (local / "config.json").is_file():
+        return str(local.absolute())
+    if local.is_absolute() or init_from.startswith(".") or init_from.count("/") != 1:
+        raise FileNotFoundError(f"init_from={init_from!r} is neither a finished stage of this run ({stage} has no config.json) nor a model directory; run that stage first")
+    return init_from
+
+
+def build_causal(preset: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """Random weights of a preset, float32, its vocabulary that of the tokenizer."""
+    if preset not in PRESETS:
+        raise ValueError(f"model.preset={preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+    fields = PRESETS[preset].to_hf()
+    config = AutoConfig.for_model(fields.pop("model_type"), **{
+        **fields,
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    })  # fmt: skip
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def load_causal(path: str, dtype: str) -> PreTrainedModel:
+    """A causal language model from a directory or hub id."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
+
+
+def load_scalar(path: str, dtype: str, seed: int) -> PreTrainedModel:
+    """Trunk and scalar head. A checkpoint without such a head gets a fresh one, N(0, 1 / (hidden + 1)) (arXiv:2009.01325)."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # from_pretrained would report the fresh head as a problem
+    model, report = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=DTYPES[dtype], output_loading_info=True)
+    logging.set_verbosity(before)
+    missing = set(report["missing_keys"])
+    if missing - {"score.weight"}:
+        raise ValueError(f"{path} lacks weights of the trunk: {', '.join(sorted(missing)[:5])}; is it a model of another architecture?")
+    if missing:
+        generator = torch.Generator().manual_seed(seed)
+        head = torch.randn(model.score.weight.shape, generator=generator) * (model.config.hidden_size + 1) ** -0.5
+        with torch.no_grad():
+            model.score.weight.copy_(head)
+    return model
+
+
+class TokenLogprobs(nn.Module):
+    """A causal language model that answers with logprobs and entropies of chosen tokens.
+
+    Only the chosen positions pass through the output layer, so memory and compute of the vocabulary are paid for
+    response tokens alone.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, token_ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], temperature: float = 1.0, position_ids: Int[Tensor, "B T"] | None = None
+    ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+        """log p(token t | tokens < t) and the entropy of that distribution in nats, in column t where mask is True, else 0.
+
+        Rows are padded on the right: causal attention alone keeps padding out, no attention mask is needed. Packed
+        rows come with position_ids that restart with every example, which is what isolates examples in transformers.
+        """
+        assert not bool(mask[:, 0].any()), "column 0 has no tokens before it"
+        hidden = self.model.base_model(input_ids=token_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        rows, columns = mask.nonzero(as_tuple=True)
+        logits = self.model.get_output_embeddings()(hidden[rows, columns - 1]).float() / temperature
+        log_normaliser = logits.logsumexp(-1)
+        chosen = logits.gather(-1, token_ids[rows, columns].long()[:, None])[:, 0] - log_normaliser
+        entropy = log_normaliser - (logits.softmax(-1) * logits).sum(-1)
+        empty = torch.zeros(token_ids.shape, device=token_ids.device)
+        return empty.index_put((rows, columns), chosen), empty.index_put((rows, columns), entropy)
+
+
+class TokenValues(nn.Module):
+    """A scalar head read at every token."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, token_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T+1"]:
+        """Column t is the estimate before token t: the head's output at token t - 1; column 0, before any token, is 0."""
+        hidden = self.model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state
+        outputs = self.model.score(hidden)[..., 0].float()
+        return torch.cat([torch.zeros_like(outputs[:, :1]), outputs], 1)
+
+
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """A plain Hugging Face directory: safetensors, config, tokenizer with its chat template; `weights` where they are sharded."""
+    directory.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(directory, state_dict=weights)
+    tokenizer.save_pretrained(directory)
