@@ -10,7 +10,6 @@ tokenizer, and manifest.json, complete or not at all. The second ends with code 
 import argparse
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections import Counter
@@ -27,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from minigpt_ray.cli import help_text, load_config
 from minigpt_ray.config import PrepareConfig
 from minigpt_ray.data.reasoning import Entry, split
-from minigpt_ray.data.rows import DataError, Row, read_records, read_row, read_rows, recognise
+from minigpt_ray.data.rows import DataError, Row, read_records, read_rows, recognise
 from minigpt_ray.data.verification import verify
 from minigpt_ray.tokenizer import encode_conversation, encode_prompt, load_tokenizer, train_tokenizer
 
@@ -87,8 +86,8 @@ def prepare(config: PrepareConfig) -> Path:
     texts = (text for name in ("demonstrations", "prompts") for entry in sets[name] for text in (entry["question"], entry["answer"]))
     tokenizer = train_tokenizer(texts, config.tokenizer.vocab_size)
 
-    unfinished = directory.with_name(f".{STAGE}-{os.getpid()}")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = directory.with_name(f".{STAGE}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
     unfinished.mkdir(parents=True)
     for name in SETS:
         rows = map(_demonstration if name == "demonstrations" else _prompt, sets[name])
@@ -137,24 +136,21 @@ def check_scores(entry: Entry) -> None:
 
 
 def summary(directory: Path, sets: Mapping[str, Sequence[Entry]], tokenizer: PreTrainedTokenizerBase) -> Table:
-    """Counts by source, and the longest prompt and demonstration in tokens, which the limits of later stages must hold."""
-    table = Table(title=str(directory), caption=f"tokenizer: {len(tokenizer)} tokens")
-    for column in ("source", *SETS, "longest prompt", "longest demonstration"):
-        table.add_column(column, justify="left" if column == "source" else "right")
-    sources = sorted({_task(entry) for entries in sets.values() for entry in entries})
-    totals = np.zeros(len(SETS), int)
-    longest = np.zeros(2, int)
-    for source in sources:
-        entries = {name: [entry for entry in sets[name] if _task(entry) == source] for name in SETS}
-        counts = [len(entries[name]) for name in SETS]
-        lengths = [
-            max((len(encode_prompt(tokenizer, [_question(e)])) for part in entries.values() for e in part), default=0),
-            max((len(encode_conversation(tokenizer, _demonstration(e)["messages"]).token_ids) for e in entries["demonstrations"]), default=0),
-        ]
-        table.add_row(source, *map(str, counts), *map(str, lengths))
-        totals, longest = totals + counts, np.maximum(longest, lengths)
+    """Counts by source, and the longest prompt and demonstration, which the limits of later stages must hold."""
+    prompt = max(len(encode_prompt(tokenizer, [_question(entry)])) for entries in sets.values() for entry in entries)
+    demonstration = max(len(encode_conversation(tokenizer, _demonstration(entry)["messages"]).token_ids) for entry in sets["demonstrations"])
+    table = Table(
+        title=str(directory),
+        caption=f"tokenizer of {len(tokenizer)} tokens; longest prompt {prompt} tokens, longest demonstration {demonstration} tokens",
+    )
+    table.add_column("source", overflow="fold")
+    for name in SETS:
+        table.add_column(name, justify="right")
+    counts = {name: Counter(map(_task, entries)) for name, entries in sets.items()}
+    for source in sorted(set().union(*counts.values())):
+        table.add_row(source, *(str(counts[name][source]) for name in SETS))
     table.add_section()
-    table.add_row("all", *map(str, totals), *map(str, longest))
+    table.add_row("all", *(str(counts[name].total()) for name in SETS))
     return table
 
 
@@ -190,7 +186,7 @@ def _sha256(path: Path) -> str:
 
 def check(path: Path, tokenizer_path: Path | None, separator: str | None) -> None:
     """Print what the file is: fields, format, sources, lengths, first row. Raises DataError when it cannot be used."""
-    tokenizer = None if tokenizer_path is None else load_tokenizer(tokenizer_path)
+    tokenizer = None if tokenizer_path is None else _tokenizer(tokenizer_path)
     separator = None if separator is None else separator.replace("\\n", "\n").replace("\\t", "\t")
     first = next(read_records(path))
     format = recognise(first)
@@ -239,6 +235,13 @@ def verdict(rows: Sequence[Row]) -> str:
     uses += ["their answers can be verified"] if verifiable == len(rows) else [f"{verifiable} of {len(rows)} answers can be verified"]
     uses += ["demonstrations for SFT"] if demonstrations == len(rows) else [f"{demonstrations} of {len(rows)} are demonstrations, and SFT needs all"]
     return f"usable: {'; '.join(uses)}"
+
+
+def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    try:
+        return load_tokenizer(path)
+    except (ValueError, OSError) as error:
+        raise DataError(f"--tokenizer: {error}") from error
 
 
 def _bytes(messages: Sequence[Mapping[str, str]]) -> int:

@@ -6,9 +6,11 @@ and what is left is shuffled and dealt to the sets.
 """
 
 import difflib
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from functools import cache
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,10 +32,8 @@ def create(task: str, options: Mapping[str, Any], seed: int, size: int) -> "Proc
         raise DataError(f"tasks.{task}: reasoning-gym has no such task; expected one of {', '.join(near or _tasks())}")
     if reserved := {"seed", "size"} & options.keys():
         raise DataError(f"tasks.{task}.options.{min(reserved)} is chosen by the split; remove it")
-    from reasoning_gym import create_dataset
-
     try:
-        return create_dataset(task, **options, seed=seed, size=size)
+        return _reasoning_gym().create_dataset(task, **options, seed=seed, size=size)
     except (TypeError, AssertionError, ValueError) as error:
         raise DataError(f"tasks.{task}.options={dict(options)}: the task refuses them: {error}; mend the options") from error
 
@@ -108,6 +108,12 @@ def _seed(seed: int, task: str) -> int:
 
 @cache
 def _tasks() -> tuple[str, ...]:
-    from reasoning_gym.factory import DATASETS
+    return tuple(sorted(_reasoning_gym().factory.DATASETS.keys() - {"composite"}))  # a mix of others, which `tasks` is already
 
-    return tuple(sorted(DATASETS.keys() - {"composite"}))  # a mix of others, which `tasks` is already
+
+def _reasoning_gym() -> ModuleType:
+    """The library, which takes seconds to import, and whose dependencies warn when they are compiled."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)
+        import reasoning_gym
+    return reasoning_gym

@@ -249,10 +249,11 @@ def read_records(path: Path) -> Iterator[Record]:
     """The JSON objects of a file and where they stand. Raises DataError."""
     if not path.is_file():
         raise DataError(f"{path}: no such file; give the path of a JSON Lines file")
-    count = 0
-    for count, record in enumerate(_array(path) if _begins_with_bracket(path) else _lines(path), start=1):
+    empty = True
+    for record in _array(path) if _begins_with_bracket(path) else _lines(path):
+        empty = False
         yield record
-    if count == 0:
+    if empty:
         raise DataError(f"{path}: the file is empty; expected a JSON object a line")
 
 
