@@ -1,0 +1,29 @@
+"""Supervised fine-tuning on Ray Train: demonstrations in, a Hugging Face model directory out.
+
+    python -m jobs.sft configs/debug/sft.yaml run=first                          one machine, no GPU needed, under a minute
+    ray job submit --working-dir . -- python -m jobs.sft configs/sft.yaml        a cluster
+
+Writes <output_dir>/<run>/sft: config.yaml, metrics.jsonl, windows/ (the packed data, reused while nothing it was made
+from changes), checkpoint/ and model/, which `init_from: sft` and `AutoModelForCausalLM.from_pretrained` load.
+"""
+
+import sys
+
+from minigpt_ray.cli import load_config
+from minigpt_ray.config import SFTConfig
+
+
+def train(config: SFTConfig) -> None:
+    """Train from the newest checkpoint (checkpoint.resume=auto) or from the beginning; ends with a sentence where that cannot be."""
+    from actors.supervised import StageError, fit, prepare
+    from minigpt_ray.data.rows import DataError
+    from minigpt_ray.stages import STAGES
+
+    try:
+        fit(prepare(config, STAGES["sft"]))
+    except (StageError, DataError, FileNotFoundError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    train(load_config(SFTConfig))
