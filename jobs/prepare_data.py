@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -101,7 +102,8 @@ def prepare(config: PrepareConfig) -> Path:
     }
     (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     unfinished.rename(directory)  # whole or absent
-    console.print(summary(directory, sets, tokenizer))
+    console.print(str(directory), markup=False, highlight=False, soft_wrap=True)
+    console.print(summary(sets, tokenizer))
     return directory
 
 
@@ -135,14 +137,11 @@ def check_scores(entry: Entry) -> None:
         raise DataError(f"tasks.{_task(entry)}: its verifier gives {score} to its own answer {entry['answer']!r} to {entry['question']!r}; choose another task")
 
 
-def summary(directory: Path, sets: Mapping[str, Sequence[Entry]], tokenizer: PreTrainedTokenizerBase) -> Table:
+def summary(sets: Mapping[str, Sequence[Entry]], tokenizer: PreTrainedTokenizerBase) -> Table:
     """Counts by source, and the longest prompt and demonstration, which the limits of later stages must hold."""
     prompt = max(len(encode_prompt(tokenizer, [_question(entry)])) for entries in sets.values() for entry in entries)
     demonstration = max(len(encode_conversation(tokenizer, _demonstration(entry)["messages"]).token_ids) for entry in sets["demonstrations"])
-    table = Table(
-        title=str(directory),
-        caption=f"tokenizer of {len(tokenizer)} tokens; longest prompt {prompt} tokens, longest demonstration {demonstration} tokens",
-    )
+    table = Table(caption=f"tokenizer of {len(tokenizer)} tokens; longest prompt {prompt} tokens, longest demonstration {demonstration} tokens")
     table.add_column("source", overflow="fold")
     for name in SETS:
         table.add_column(name, justify="right")
@@ -197,7 +196,8 @@ def check(path: Path, tokenizer_path: Path | None, separator: str | None) -> Non
     rows = list(read_rows([path], separator))
     lengths = measure(rows, tokenizer)
 
-    fields = Table("field", "types and rows", title=f"{path}: {len(rows)} rows, format {escape(repr(format))}", title_justify="left")
+    console.print(f"{path}: {len(rows)} rows, format {format!r}", markup=False, highlight=False, soft_wrap=True)
+    fields = Table("field", "types and rows")
     for name, kinds in types.items():
         fields.add_row(escape(name), ", ".join(f"{kind} {count}" for kind, count in kinds.items()))
     sources = Table("source", "rows")
@@ -208,8 +208,9 @@ def check(path: Path, tokenizer_path: Path | None, separator: str | None) -> Non
         quantiles.add_row(name, *(f"{value:.0f}" for value in np.quantile(values, QUANTILES, method="higher")))
     for table in (fields, sources, quantiles):
         console.print(table)
-    row = rows[0]
-    console.print(f"first row ({row.place}): {row.messages}" + (f", answer {row.answer}" if row.answer else ""), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"first row ({rows[0].place})", markup=False, highlight=False, soft_wrap=True)
+    for name, text in [*((m["role"], m["content"]) for m in rows[0].messages), ("answer", rows[0].answer)]:
+        console.print(f"  {name}: {textwrap.shorten(str(text), 300)}", markup=False, highlight=False, soft_wrap=True)
     console.print(verdict(rows), markup=False, highlight=False, soft_wrap=True)
 
 

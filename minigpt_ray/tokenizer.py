@@ -143,6 +143,6 @@ def _refuse_special_tokens(tokenizer: PreTrainedTokenizerBase, messages: Message
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, segments: Sequence[Segment]) -> Example:
-    ids = [tokenizer(segment.text, add_special_tokens=False)["input_ids"] for segment in segments]
+    ids = tokenizer([segment.text for segment in segments], add_special_tokens=False)["input_ids"]
     mask = np.repeat([segment.learnt for segment in segments], [len(part) for part in ids])
     return Example(np.array([token for part in ids for token in part], np.int32), mask)

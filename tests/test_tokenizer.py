@@ -39,7 +39,7 @@ def test_260_tokens_are_the_bytes_and_the_special_tokens() -> None:
 
 
 def test_a_vocabulary_without_room_for_the_bytes_is_refused() -> None:
-    with pytest.raises(ValueError, match="vocab_size=259 .* use at least 260"):
+    with pytest.raises(ValueError, match=r"vocab_size=259 .* use at least 260"):
         train_tokenizer(TEXTS, 259)
 
 
@@ -130,7 +130,7 @@ def test_conversation_that_ends_with_the_user_is_no_demonstration(tokenizer: Pre
 
 
 def test_missing_directory_and_missing_end_token_are_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no tokenizer at .*nowhere"):
+    with pytest.raises(ValueError, match=r"no tokenizer at .*nowhere"):
         load_tokenizer(tmp_path / "nowhere")
     tokenizer.save_pretrained(tmp_path)
     settings = tmp_path / "tokenizer_config.json"

@@ -5,16 +5,11 @@ example, no attention mask and use_cache=False; with anything else they see each
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
-from transformers import PreTrainedTokenizerBase
-
-from minigpt_ray.data.rows import DataError, read_rows
-from minigpt_ray.tokenizer import Example, encode_conversation
 
 
 @dataclass(frozen=True)
@@ -30,23 +25,6 @@ class Windows:
 
     def __len__(self) -> int:
         return len(self.token_ids)
-
-
-def load_demonstrations(files: Iterable[Path], tokenizer: PreTrainedTokenizerBase, window: int, separator: str | None = None) -> list[Example]:
-    """The conversations of data files as token ids and loss masks.
-
-    Raises DataError for a malformed file, and for a row without the assistant's turn or longer than the window.
-    """
-    examples = []
-    for row in read_rows(files, separator):
-        try:
-            example = encode_conversation(tokenizer, row.messages)
-        except ValueError as error:
-            raise DataError(f"{row.place}: {error}") from error
-        if len(example.token_ids) > window:
-            raise DataError(f"{row.place}: the example has {len(example.token_ids)} tokens, but window={window}; use a larger window or remove the row")
-        examples.append(example)
-    return examples
 
 
 def pack(examples: Sequence[tuple[np.ndarray, np.ndarray]], window: int) -> Windows:

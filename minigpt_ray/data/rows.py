@@ -5,6 +5,7 @@ a file keeps to the format of its first row. Files are read line by line, arrays
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,13 +166,16 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Record, str | None], tuple[l
 # ----------------------------------------------------------------------------------------------------- fields
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def check_text(value: Any, what: str) -> str:
     """The value, if it is text that is not blank and can be encoded."""
     if not isinstance(value, str):
         raise DataError(f"{what} is {_kind(value)}; expected text; put it into quotes or mend the row")
     if not value.strip():
         raise DataError(f"{what} is empty; expected text; fill it in or remove the row")
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if _SURROGATE.search(value):
         raise DataError(f"{what} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character; expected valid Unicode; mend the escape")
     return value
 

@@ -1,16 +1,12 @@
 """Packing loses nothing, keeps examples apart, and every rank knows its windows."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from minigpt_ray.data.packing import load_demonstrations, pack, window_order, windows_for
-from minigpt_ray.data.rows import DataError
-from minigpt_ray.tokenizer import Example, train_tokenizer
+from minigpt_ray.data.packing import pack, window_order, windows_for
+from minigpt_ray.tokenizer import Example
 
 
 def example(*token_ids: int) -> Example:
@@ -97,16 +93,3 @@ def test_steps_read_every_window_once_an_epoch() -> None:
 def test_batch_larger_than_an_epoch_spans_several() -> None:
     read = windows_for(0, 0, 1, batch_size=8, num_windows=3, seed=0)
     assert sorted(read[:3]) == sorted(read[3:6]) == [0, 1, 2]
-
-
-def test_demonstrations_are_loaded_or_refused_by_their_place(tmp_path: Path) -> None:
-    tokenizer = train_tokenizer(["q"], 260)
-    path = tmp_path / "data.jsonl"
-    path.write_text(json.dumps({"question": "q", "answer": "a"}) + "\n")
-    (loaded,) = load_demonstrations([path], tokenizer, window=64)
-    assert tokenizer.decode(loaded.token_ids[loaded.loss_mask]) == "a<|im_end|>"
-    with pytest.raises(DataError, match=r"data.jsonl:1: the example has \d+ tokens, but window=8"):
-        load_demonstrations([path], tokenizer, window=8)
-    path.write_text(json.dumps({"prompt": "q"}) + "\n")
-    with pytest.raises(DataError, match=r"data.jsonl:1: the conversation ends with user"):
-        load_demonstrations([path], tokenizer, window=64)

@@ -117,7 +117,7 @@ def test_truncation_cuts_the_left_of_the_last_message_and_keeps_the_template(tok
 
 def test_truncation_that_would_cut_the_template_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     path = file_of(tmp_path, {"prompt": "a" * 50})
-    with pytest.raises(DataError, match="prompts.jsonl:1: the template .* take 19 tokens, but max_prompt_tokens=12"):
+    with pytest.raises(DataError, match=r"prompts.jsonl:1: the template .* take 19 tokens, but max_prompt_tokens=12"):
         load_prompts(PromptsConfig(max_prompt_tokens=12, too_long="truncate_left"), path, tokenizer)
 
 
@@ -127,7 +127,7 @@ def test_a_limit_that_leaves_no_prompt_is_refused(tokenizer: PreTrainedTokenizer
 
 
 def test_missing_default_file_points_to_prepare_data(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="run python -m jobs.prepare_data first or set data.files"):
+    with pytest.raises(DataError, match=r"run python -m jobs.prepare_data first or set data.files"):
         load_prompts(PromptsConfig(), tmp_path / "nowhere.jsonl", tokenizer)
 
 

@@ -54,7 +54,7 @@ def test_unknown_task_and_options_are_refused_by_name() -> None:
         create("chain_sum", {"max_term": 3}, 0, 1)
     with pytest.raises(DataError, match="min_terms must be positive"):
         create("chain_sum", {"min_terms": 0}, 0, 1)
-    with pytest.raises(DataError, match="tasks.chain_sum.options.seed is chosen by the split"):
+    with pytest.raises(DataError, match=r"tasks.chain_sum.options.seed is chosen by the split"):
         create("chain_sum", {"seed": 3}, 0, 1)
 
 

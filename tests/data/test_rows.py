@@ -118,7 +118,7 @@ def test_malformed_lines_are_refused_with_place_and_remedy(tmp_path: Path, lines
 
 
 def test_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nowhere.jsonl: no such file"):
+    with pytest.raises(DataError, match=r"nowhere.jsonl: no such file"):
         list(read_rows([tmp_path / "nowhere.jsonl"]))
 
 

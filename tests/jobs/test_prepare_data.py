@@ -10,11 +10,11 @@ import pytest
 
 from jobs.prepare_data import main
 from minigpt_ray.config import PromptsConfig
-from minigpt_ray.data.packing import load_demonstrations, pack
+from minigpt_ray.data.packing import pack
 from minigpt_ray.data.prompts import load_prompts
 from minigpt_ray.data.rows import read_rows
 from minigpt_ray.data.verification import verify
-from minigpt_ray.tokenizer import load_tokenizer
+from minigpt_ray.tokenizer import encode_conversation, load_tokenizer
 
 SMALL = ["demonstrations=12", "prompts=20", "held_out=6", "tasks={chain_sum: {weight: 1, options: {max_terms: 2}}, spell_backward: {}}"]
 
@@ -39,7 +39,7 @@ def test_the_sets_are_read_by_those_who_train_and_share_no_question(prepared: Pa
     for prompt in (*prompts.prompts, *held_out.prompts):
         assert prompt.answer is not None
         assert verify(prompt.answer, prompt.answer["answer"]) == 1.0
-    assert pack(load_demonstrations([prepared / "demonstrations.jsonl"], tokenizer, 128), 128).loss_mask.any()
+    assert pack([encode_conversation(tokenizer, row.messages) for row in demonstrations], 128).loss_mask.any()
 
 
 def test_the_manifest_has_config_counts_and_hashes(prepared: Path) -> None:
