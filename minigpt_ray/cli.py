@@ -28,6 +28,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
+from minigpt_ray.config import EvaluateConfig, PPOConfig
+
 C = TypeVar("C", bound=BaseModel)
 Location = tuple[str, ...]
 """Where a value stands in the tree: ("policy", "optimizer", "lr")."""
@@ -52,7 +54,7 @@ def load_config(root: type[C], argv: list[str] | None = None) -> C:
         raise SystemExit(2) from None
     if "--dry-run" in arguments:
         print(to_yaml(config), end="")
-        if "placement" in root.model_fields:
+        if isinstance(config, PPOConfig | EvaluateConfig):
             from minigpt_ray.memory import print_placement  # reads model shapes, which nothing else here needs
 
             print()

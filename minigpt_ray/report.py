@@ -52,6 +52,8 @@ class Panel:
     caption: str
     lines: tuple[Line, ...]
     log: bool = False
+    noisy: bool = True
+    """A long curve is drawn as its moving average, the steps faint behind it."""
 
 
 PANELS = (
@@ -83,7 +85,7 @@ PANELS = (
     ),
     Panel("Truncated responses", "Share of responses cut at the length limit.", (Line("response/truncated_fraction", "training"), Line("eval/truncated_fraction", "held out", points=True))),
     Panel("Gradient norm", "Global L2 norm before clipping.", (Line("train/actor_grad_norm", "policy"), Line("train/critic_grad_norm", "critic"), Line("train/grad_norm", "model")), log=True),
-    Panel("Learning rate", "As applied by the optimizer.", (Line("train/actor_lr", "policy"), Line("train/critic_lr", "critic"), Line("train/lr", "model"))),
+    Panel("Learning rate", "As applied by the optimizer.", (Line("train/actor_lr", "policy"), Line("train/critic_lr", "critic"), Line("train/lr", "model")), noisy=False),
     Panel("Generator and learner agree", "Difference between the generator's logprobs and the policy's own, in nats. A rise means wrong weights.", (Line("generator/logprob_gap_mean", "mean"), Line("generator/logprob_gap_max", "largest")), log=True),
     Panel("Throughput", "Tokens per second: response tokens in PPO, tokens read in supervised stages.", (Line("train/tokens_per_second", "tokens/s"),)),
     Panel("Model FLOPs utilisation", "Useful model FLOPs as a percentage of what the devices could do.", (Line("train/mfu_percent", "MFU, %"),)),
@@ -134,9 +136,11 @@ def headline_rows(stages: Mapping[str, Rows], measured: Mapping[str, Metrics]) -
         if not evaluations:
             continue
         best = max(evaluations, key=lambda row: -math.inf if math.isnan(row["eval/accuracy"]) else row["eval/accuracy"])
-        chosen = {"first": evaluations[0], "best": best, "last": evaluations[-1]} if len(evaluations) > 1 else {"only": evaluations[0]}
-        for word, row in chosen.items():
-            rows[f"{stage}, {word} evaluation (step {row['step']})"] = row
+        rows[f"{stage}, first evaluation (step {evaluations[0]['step']})"] = evaluations[0]
+        if best is not evaluations[0] and best is not evaluations[-1]:
+            rows[f"{stage}, best evaluation (step {best['step']})"] = best
+        if len(evaluations) > 1:
+            rows[f"{stage}, last evaluation (step {evaluations[-1]['step']})"] = evaluations[-1]
     return rows
 
 
@@ -194,7 +198,7 @@ def _panel(panel: Panel, rows: Rows) -> str:
     for color, (line, steps, values) in zip(COLORS, data, strict=False):
         if line.points:
             axes.plot(steps, values, "o-", color=color, markersize=4, linewidth=1.2, label=line.label, zorder=3)
-        elif len(values) >= 40:  # a noisy curve: the average in front, the steps behind it
+        elif panel.noisy and len(values) >= 40:
             axes.plot(steps, values, color=color, linewidth=0.7, alpha=0.3)
             axes.plot(steps, smooth(values, max(3, len(values) // 25) | 1), color=color, linewidth=1.6, label=line.label)
         else:
@@ -273,7 +277,7 @@ DRAWING: dict[Any, Any] = {
     "text.color": INK,
     "xtick.color": "#6b7280",
     "ytick.color": "#6b7280",
-    "axes.formatter.limits": (-3, 4),
+    "axes.formatter.limits": (-3, 6),
     "axes.formatter.useoffset": False,
 }
 

@@ -99,8 +99,8 @@ def test_headline_holds_the_models_of_evaluate_and_ppos_own_evaluations(run):
     (run / "evaluate/results.json").write_text(json.dumps({"sft": {"eval/accuracy": 0.4}, "ppo": {"eval/accuracy": 0.65, "eval/avg_response_len": 8.26}}))
     text = write_report(run).read_text()
     assert "65.0%" in text and "8.3" in text and "ppo, last evaluation (step 50)" in text
-    rows = headline_rows({"ppo": [{"step": 0, "eval/accuracy": 0.5}, {"step": 9, "eval/accuracy": math.nan}]}, {})
-    assert list(rows) == ["ppo, first evaluation (step 0)", "ppo, best evaluation (step 0)", "ppo, last evaluation (step 9)"]
+    rows = headline_rows({"ppo": [{"step": step, "eval/accuracy": value} for step, value in ((0, 0.5), (5, 0.7), (9, math.nan))]}, {})
+    assert list(rows) == ["ppo, first evaluation (step 0)", "ppo, best evaluation (step 5)", "ppo, last evaluation (step 9)"]
 
 
 def test_pairs_are_of_the_same_prompt():

@@ -83,6 +83,14 @@ def test_lines_every_so_many_steps_and_always_the_first_the_last_and_evaluations
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 6
 
 
+def test_on_a_terminal_lines_stand_above_a_progress_bar(tmp_path):
+    console = Console(file=io.StringIO(), width=200, force_terminal=True)
+    with Tracker(tmp_path, "ppo", {}, LoggingConfig(), 500, console=console) as tracker:
+        tracker.log(1, PPO_ROW)
+    text = console.file.getvalue()
+    assert "Epoch:[1/1](1/500) actor_loss:0.2346" in text and "1/500" in text.replace("(1/500)", "")
+
+
 def test_resuming_cuts_back_rows_and_a_half_written_line(tmp_path):
     with open_tracker(tmp_path) as tracker:
         for step in range(1, 6):
