@@ -19,9 +19,9 @@ from minigpt_ray.presets import ModelShape
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
 
-PROCESS_GIB = {"generator": 0.8, "rewards": 0.4}
+PROCESS_GIB = {"generator": 0.75, "rewards": 0.5}
 """What a process holds with its libraries loaded and no model, in GiB."""
-OTHER_PROCESS_GIB = 0.6
+OTHER_PROCESS_GIB = 0.5
 GPU_CONTEXT_GIB = 0.6
 """CUDA context and communication buffers of one process on a GPU."""
 
