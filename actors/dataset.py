@@ -10,6 +10,7 @@ step and rank, so a run that goes on skips nothing, and the number of workers ch
 
 import hashlib
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -107,6 +108,7 @@ def tokenise_and_pack(stage: Stage, rows: Sequence[Row], tokenizer: PreTrainedTo
         return describe(pack([], window))
     # Pickled: Arrow would take rows and ragged arrays apart.
     blocks = [{"rows": pickle.dumps(rows[i : i + BLOCK_ROWS])} for i in range(0, len(rows), BLOCK_ROWS)]
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # else its execution plans stand between a job's lines
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True

@@ -105,7 +105,7 @@ class GeneratorWorker:
         if version != self.version:
             raise RuntimeError(f"this worker has proved weights version {self.version} and was asked to generate with {version}")
         completions = self.engine.generate(requests, sampling)
-        return [(c, self.tokenizer.decode(c.token_ids, skip_special_tokens=True)) for c in completions]
+        return [(c, str(self.tokenizer.decode(c.token_ids, skip_special_tokens=True))) for c in completions]
 
     def load_checkpoint(self, version: int) -> None:
         """Generate with the checkpoint that the engine was built from, as `version`."""
@@ -124,7 +124,9 @@ def sampling_seed(run_seed: int, serial: int, sample: int, turn: int = 0) -> int
 class Generator(Group[GeneratorWorker]):
     """The pool of workers as the driver sees it."""
 
-    def __init__(self, cluster: Cluster, path: str, config: GeneratorConfig, max_model_len: int, tensor_parallel: int, probe_tolerance: float, seed: int) -> None:
+    def __init__(
+        self, cluster: Cluster, path: str, config: GeneratorConfig, max_model_len: int, tensor_parallel: int, seed: int, probe_tolerance: float = 0.0
+    ) -> None:
         """`path`: the checkpoint that engines are built from; `max_model_len`: longest prompt and response together."""
         self._cluster, self._seed, self._restarts_left = cluster, seed, config.restart_limit
         self._build_args = (path, config, max_model_len, tensor_parallel, seed, probe_tolerance)
@@ -159,7 +161,9 @@ class Generator(Group[GeneratorWorker]):
             timed = self._result(index, pending[index], requests[index], sampling)
             memory += timed.memory_bytes
             wanted = [(prompt, sample) for prompt in part for sample in range(sampling.n)]
-            rollouts += [_rollout(prompt, sample, completion, text, self.version) for (prompt, sample), (completion, text) in zip(wanted, timed.value, strict=True)]
+            rollouts += [
+                _rollout(prompt, sample, completion, text, self.version) for (prompt, sample), (completion, text) in zip(wanted, timed.value, strict=True)
+            ]
         self.usage.busy_seconds += time.perf_counter() - start
         self.usage.memory_bytes = memory
         return rollouts

@@ -16,7 +16,10 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 import psutil
 import ray
 
-A, B, C, D, E = TypeVar("A"), TypeVar("B"), TypeVar("C"), TypeVar("D"), TypeVar("E")
+A = TypeVar("A")
+B = TypeVar("B")
+C = TypeVar("C")
+D = TypeVar("D")
 R = TypeVar("R")
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -179,6 +182,11 @@ class Group(Generic[R]):
     def scatter(self, method: Callable[[R, A], T], batch: A, join: Callable[[list[T]], T]) -> Pending[T]:
         """The method on every rank, each of which takes its share of the rows of `batch`; results are joined in rank order."""
         return self.each(method, [(batch,)] * len(self.hosts)).then(join)
+
+    def close(self) -> None:
+        """End the processes, so that their place is free."""
+        for host in self.hosts:
+            ray.kill(host)
 
     def usage_metrics(self, seconds: float) -> dict[str, float]:
         """Idle share (0 to 1) over the last `seconds`, which were counted since the last call, and resident memory in GiB."""

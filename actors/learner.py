@@ -56,7 +56,9 @@ def learn(
             if not update.applied:
                 skipped += 1
                 if algorithm.non_finite == "stop":
-                    raise FloatingPointError(f"step {experience.step}, PPO epoch {epoch}: a loss or gradient is not finite and no update was applied; lower the learning rate, or set algorithm.non_finite=skip to go on")
+                    raise FloatingPointError(
+                        f"step {experience.step}, PPO epoch {epoch}: a loss or gradient is not finite and no update was applied; lower the learning rate, or set algorithm.non_finite=skip to go on"
+                    )
             elif epoch == algorithm.ppo_epochs - 1:
                 grad_norms.append(update.grad_norm)
                 tokens += num_tokens

@@ -12,7 +12,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.group import RankHost
-from minigpt_ray.config import PlacementConfig, RolePlacement
+from minigpt_ray.config import AnyReward, ModelReward, PlacementConfig, RolePlacement
 from minigpt_ray.flops import cpu_peak_flops, gpu_peak_flops
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -28,9 +28,11 @@ def environment(threads: int) -> dict[str, Any]:
             "TOKENIZERS_PARALLELISM": "false",
             "TRANSFORMERS_VERBOSITY": "error",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "DS_ACCELERATOR_LOG_LEVEL": "ERROR",
+            "DEEPSPEED_LOG_LEVEL": "ERROR",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_LOGGING_LEVEL": "ERROR",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+            "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "PYTHONPATH": os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]),
             **{name: os.environ[name] for name in ("HF_HUB_OFFLINE", "CUDA_HOME") if name in os.environ},
@@ -38,10 +40,19 @@ def environment(threads: int) -> dict[str, Any]:
     }
 
 
-def roles_of(config: PlacementConfig, reward_models: int) -> dict[str, RolePlacement]:
+def roles_of(config: PlacementConfig, rewards: Mapping[str, AnyReward]) -> dict[str, RolePlacement]:
     """The roles of a PPO job: each gets processes of its own."""
-    roles = {"generator": config.generator, "policy": config.policy, "critic": config.critic, "reference": config.reference}
-    return roles | {f"reward_model_{i}": config.reward_model for i in range(reward_models)} | {"rewards": RolePlacement()}
+    return {"generator": config.generator, "policy": config.policy, "critic": config.critic, "reference": config.reference, **_reward_roles(config, rewards)}
+
+
+def roles_of_evaluation(config: PlacementConfig, rewards: Mapping[str, AnyReward]) -> dict[str, RolePlacement]:
+    """The roles of an evaluation job."""
+    return {"generator": config.generator, **_reward_roles(config, rewards)}
+
+
+def _reward_roles(config: PlacementConfig, rewards: Mapping[str, AnyReward]) -> dict[str, RolePlacement]:
+    models = sum(isinstance(source, ModelReward) for source in rewards.values())
+    return {"rewards": RolePlacement(), **{f"reward_model_{i}": config.reward_model for i in range(models)}}
 
 
 class Cluster:
@@ -115,9 +126,9 @@ def connect(address: str | None, cpus: int) -> None:
     if ray.is_initialized():
         return
     if address is not None or "RAY_ADDRESS" in os.environ:
-        ray.init(address=address or "auto", logging_level=logging.WARNING, log_to_driver=True)
+        ray.init(address=address or "auto", logging_level=logging.ERROR, log_to_driver=True)
     else:
-        ray.init(num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, logging_level=logging.WARNING, log_to_driver=True)
+        ray.init(num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, logging_level=logging.ERROR, log_to_driver=True)
 
 
 def preflight(roles: Mapping[str, RolePlacement]) -> None:

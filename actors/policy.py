@@ -33,7 +33,9 @@ class PolicyRank:
     def logprobs(self, batch: RolloutBatch) -> Float[Tensor, "R T"]:
         """log p(token t | tokens < t) at the sampling temperature, 0 outside the response; this rank's share of the rows."""
         self.model.eval()
-        return in_micro_batches(self.rank, batch, self.config.micro_batch_tokens, self.engine.device, lambda ids, mask: self.engine(ids, mask, self.temperature)[0])
+        return in_micro_batches(
+            self.rank, batch, self.config.micro_batch_tokens, self.engine.device, lambda ids, mask: self.engine(ids, mask, self.temperature)[0]
+        )
 
     def update(self, experience: Experience) -> dict[str, float]:
         """PPO epochs over the experience; metrics are token means over the mini-batches of the last epoch."""

@@ -45,8 +45,7 @@ class Preparation:
 
     @property
     def roles(self) -> dict[str, RolePlacement]:
-        models = sum(isinstance(source, ModelReward) for source in self.config.rewards.values())
-        return roles_of(self.config.placement, models)
+        return roles_of(self.config.placement, self.config.rewards)
 
     @property
     def max_model_len(self) -> int:
@@ -91,7 +90,9 @@ class Preparation:
             elif isinstance(source, VerifierReward):
                 without = sum(p.answer is None for p in self.prompts.prompts)
                 if without:
-                    raise ValueError(f"rewards.{name} verifies answers, but {without} of {len(self.prompts)} prompts carry none; give every prompt an answer or use another reward")
+                    raise ValueError(
+                        f"rewards.{name} verifies answers, but {without} of {len(self.prompts)} prompts carry none; give every prompt an answer or use another reward"
+                    )
 
     def _start(self) -> Path | None:
         """The checkpoint to go on from. Without resume=auto the stage starts over, and an earlier run's checkpoints are kept aside."""

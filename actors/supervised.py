@@ -26,6 +26,7 @@ import torch.distributed as dist
 import yaml
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from actors.dataset import StoredWindows, prepare_windows
 from actors.engine import Engine, all_reduce_sum
@@ -211,9 +212,20 @@ def fit(ready: Ready) -> Path:
     return ready.directory / "model"
 
 
+class _Trainer(TorchTrainer):
+    """A TorchTrainer without the process that looks after placement groups when Ray Train's controller is killed.
+
+    They go with the driver's job anyway; without a dashboard that process prints a warning every second.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, PlacementGroupCleanerCallback)]
+
+
 def _trainer(ready: Ready, windows: Path, mailbox: Any) -> TorchTrainer:
     config = ready.config
-    return TorchTrainer(
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one process less; this loop would not listen to it
+    return _Trainer(
         train,
         train_loop_config={"ready": ready, "windows": windows, "mailbox": mailbox},
         scaling_config=ScalingConfig(

@@ -4,13 +4,14 @@ Runs in the worker's own process (no engine subprocess), on CPU and GPU by the s
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import vllm._custom_ops
 from torch import Tensor, nn
 from vllm import LLM, SamplingParams
+from vllm.inputs import TokensPrompt
 from vllm.outputs import RequestOutput
 
 from actors.generator import Completion, Request
@@ -40,6 +41,7 @@ class VLLMEngine:
             generation_config="vllm",  # sampling is ours, not the checkpoint's
             logprobs_mode="processed_logprobs",  # after the temperature, as the learner computes them
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             **memory,
         )
         self.eos_token_id = self.llm.get_tokenizer().eos_token_id
@@ -61,7 +63,7 @@ class VLLMEngine:
             )
             for request in requests
         ]
-        prompts = [{"prompt_token_ids": list(request.token_ids)} for request in requests]
+        prompts = [TokensPrompt(prompt_token_ids=request.token_ids.tolist()) for request in requests]
         return [_completion(output) for output in self.llm.generate(prompts, parameters, use_tqdm=False)]
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -69,7 +71,7 @@ class VLLMEngine:
         named = list(tensors)
 
         def load_weights(model: nn.Module) -> None:
-            model.load_weights(iter(named))
+            cast(Any, model).load_weights(iter(named))
 
         self.llm.apply_model(load_weights)
         self.llm.reset_prefix_cache()
@@ -77,7 +79,7 @@ class VLLMEngine:
     def probe(self, token_ids: Sequence[int]) -> list[float]:
         """log p(token t | tokens < t) of tokens 1 to the last, at temperature 1."""
         parameters = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        (output,) = self.llm.generate([{"prompt_token_ids": list(token_ids)}], [parameters], use_tqdm=False)
+        (output,) = self.llm.generate([TokensPrompt(prompt_token_ids=list(token_ids))], [parameters], use_tqdm=False)
         assert output.prompt_logprobs is not None
         return [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], token_ids[1:], strict=True) if entry is not None]
 

@@ -5,6 +5,7 @@ fingerprint of its bytes, and by the logprobs of a fixed probe sequence, because
 what the engine computes with (a tied head that keeps its old packed weights, for example).
 """
 
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -81,9 +82,11 @@ def pack(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> tuple[tupl
 
 
 def unpack(manifest: Iterable[TensorSpec], buckets: list[np.ndarray]) -> Iterator[tuple[str, Tensor]]:
-    """The named tensors, as read-only views of the buckets."""
+    """The named tensors, as views of the buckets: not to be written to."""
     for spec in manifest:
-        data = torch.frombuffer(memoryview(buckets[spec.bucket]), dtype=torch.uint8, count=spec.size, offset=spec.offset)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the object store's memory is read-only, and torch has no such tensor
+            data = torch.frombuffer(buckets[spec.bucket].data, dtype=torch.uint8, count=spec.size, offset=spec.offset)
         yield spec.name, data.view(getattr(torch, spec.dtype)).reshape(spec.shape)
 
 
@@ -91,7 +94,7 @@ def fingerprint(buckets: Iterable[np.ndarray]) -> str:
     """128-bit hash (XXH3) of all bytes, in order."""
     digest = xxhash.xxh3_128()
     for bucket in buckets:
-        digest.update(memoryview(bucket))
+        digest.update(bucket.data)
     return digest.hexdigest()
 
 
@@ -122,5 +125,7 @@ def probe_gap(publication: Publication, logprobs: Iterable[float], tolerance: fl
     """
     gap = max(abs(mine - theirs) for mine, theirs in zip(logprobs, publication.probe.logprobs, strict=True))
     if not gap <= tolerance:
-        raise WeightsError(f"after loading weights version {publication.version} the generator's logprobs differ by {gap:.2g} nats from the policy's (weights.probe_tolerance={tolerance:g}); a tensor was not applied")
+        raise WeightsError(
+            f"after loading weights version {publication.version} the generator's logprobs differ by {gap:.2g} nats from the policy's (weights.probe_tolerance={tolerance:g}); a tensor was not applied"
+        )
     return gap

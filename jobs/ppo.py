@@ -32,7 +32,8 @@ def train(config: PPOConfig) -> None:
     ready = Preparation(config)  # bad input is refused before any process starts
     with ready.tracker() as tracker, Cluster(config.placement, ready.roles) as cluster:
         peak_flops = cluster.peak_flops
-        generator = Generator(cluster, ready.policy_path, config.generator, ready.max_model_len, config.placement.generator.tensor_parallel, config.weights.probe_tolerance, config.seed)
+        tensor_parallel, tolerance = config.placement.generator.tensor_parallel, config.weights.probe_tolerance
+        generator = Generator(cluster, ready.policy_path, config.generator, ready.max_model_len, tensor_parallel, config.seed, tolerance)
         policy, critic, reference = Policy(cluster, config), Critic(cluster, config), Reference(cluster, config)
         rewards = Rewards(cluster, config.rewards, config.run_dir, ready.policy_path)
         training = Training(ready, policy, critic, [generator, policy, critic, reference, *rewards.groups], peak_flops)

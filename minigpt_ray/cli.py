@@ -116,7 +116,10 @@ _SCALARS = {
     "tag:yaml.org,2002:null": (r"~|null|Null|NULL|", "~nN\0"),
     "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "tag:yaml.org,2002:int": (r"[-+]?(0|[1-9][0-9_]*)", "-+0123456789"),
-    "tag:yaml.org,2002:float": (r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
+    "tag:yaml.org,2002:float": (
+        r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
     "tag:yaml.org,2002:merge": (r"<<", "<"),
 }
 _Loader.yaml_implicit_resolvers = {}
@@ -485,7 +488,9 @@ def help_text(root: type[BaseModel]) -> str:
         "",
         "  FILE.yaml            settings; files are merged left to right",
         "  section.field=value  one setting, after all files; the value is YAML (1e-6, true, [a, b], {a: 1}, null)",
-        "  --dry-run            print the resolved settings" + (", the placement and the memory it needs" if "placement" in root.model_fields else "") + ", and exit",
+        "  --dry-run            print the resolved settings"
+        + (", the placement and the memory it needs" if "placement" in root.model_fields else "")
+        + ", and exit",
         "",
     ]
     return "\n".join([*lines, *_help_section(root, (), None)]).rstrip()

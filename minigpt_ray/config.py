@@ -473,11 +473,15 @@ class PPOConfig(JobConfig):
         sampling, rows, mini = self.sampling, self.rollouts_per_step, self.algorithm.mini_batch_size
         for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
             if getattr(sampling, name) != off:
-                raise ValueError(f"sampling.{name}={getattr(sampling, name)} changes the distribution in a way the policy cannot reproduce; leave it at {off} here and use evaluation.sampling.{name}")
+                raise ValueError(
+                    f"sampling.{name}={getattr(sampling, name)} changes the distribution in a way the policy cannot reproduce; leave it at {off} here and use evaluation.sampling.{name}"
+                )
         if sampling.temperature == 0:
             raise ValueError("sampling.temperature=0 gives PPO nothing to compare; use a positive temperature here and evaluation.sampling.temperature=0")
         if rows % mini:
-            raise ValueError(f"prompts_per_step={self.prompts_per_step} x sampling.n={sampling.n} = {rows} rollouts do not divide into algorithm.mini_batch_size={mini}; use a divisor of {rows}")
+            raise ValueError(
+                f"prompts_per_step={self.prompts_per_step} x sampling.n={sampling.n} = {rows} rollouts do not divide into algorithm.mini_batch_size={mini}; use a divisor of {rows}"
+            )
         for role in ("policy", "critic"):
             ranks = getattr(self.placement, role).ranks
             if mini < ranks:
@@ -509,7 +513,9 @@ class EvaluateConfig(JobConfig):
     """Sampling of the main figure."""
     sampled: bool = True
     """Also score one answer at temperature 1 per prompt."""
+    rewards: dict[str, AnyReward] = {"verifier": VerifierReward()}
+    """Reward sources by name, as in PPO: `eval/mean_reward` is the mean of their weighted sum."""
     generator: GeneratorConfig = GeneratorConfig()
     """The engine."""
     placement: PlacementConfig = PlacementConfig()
-    """Only placement.generator and placement.address count here."""
+    """Only the generator, the reward models and the cluster's address count here."""

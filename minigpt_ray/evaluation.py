@@ -1,7 +1,9 @@
 """Scoring answers to held-out prompts."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from rich.table import Table
 
 from minigpt_ray.rl.experience import Rollout
 
@@ -25,3 +27,15 @@ def evaluation_metrics(rollouts: Sequence[Rollout], verified: Sequence[float], r
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
+
+
+def results_table(results: Mapping[str, Mapping[str, float]], num_prompts: int) -> Table:
+    """One row per model: what a person looks at first."""
+    table = Table(title=f"{num_prompts} held-out prompts")
+    table.add_column("model")
+    for title in ("exact match", "sampled exact match", "mean reward", "mean response length"):
+        table.add_column(title, justify="right")
+    for name, metrics in results.items():
+        sampled = f"{metrics['eval/sampled_accuracy']:.1%}" if "eval/sampled_accuracy" in metrics else ""
+        table.add_row(name, f"{metrics['eval/accuracy']:.1%}", sampled, f"{metrics['eval/mean_reward']:.3f}", f"{metrics['eval/avg_response_len']:.1f}")
+    return table

@@ -8,7 +8,7 @@ What stands in masked positions, even inf or nan, changes neither a value nor a 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from minigpt_ray.rl.kl import k3
@@ -17,25 +17,6 @@ from minigpt_ray.rl.kl import k3
 def align(x: Float[Tensor, "B T *rest"]) -> Float[Tensor, "B T+1 *rest"]:
     """Shift model outputs to the tokens they speak about: column t is the output at position t - 1, column 0 is zero."""
     return torch.cat([torch.zeros_like(x[:, :1]), x], dim=1)
-
-
-def token_logprobs(logits: Float[Tensor, "B T V"], token_ids: Int[Tensor, "B T"], temperature: float = 1.0) -> Float[Tensor, "B T"]:
-    """log p(token t | tokens < t) = log softmax(logits[:, t - 1] / temperature)[token t], column 0 is 0.
-
-    float32 inside. Gather minus logsumexp: the autograd graph holds no second tensor of the size of the logits.
-    """
-    logits = _scaled(logits[:, :-1], temperature)
-    chosen = logits.gather(-1, token_ids[:, 1:, None].long()).squeeze(-1)
-    return align(chosen - logits.logsumexp(-1))
-
-
-def token_entropy(logits: Float[Tensor, "B T V"], temperature: float = 1.0) -> Float[Tensor, "B T"]:
-    """Entropy, in nats, of the distribution that token t was drawn from, column 0 is 0.
-
-    Holds a few tensors of the size of the logits: call it under `torch.no_grad()` unless there is an entropy bonus.
-    """
-    logits = _scaled(logits[:, :-1], temperature)
-    return align(logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1))
 
 
 def token_values(head_outputs: Float[Tensor, "B T"]) -> Float[Tensor, "B T+1"]:
@@ -120,8 +101,3 @@ def clipped_value_loss(
 def token_mean(x: Float[Tensor, "B T"], num_tokens: int) -> Float[Tensor, ""]:
     """sum(x) / num_tokens, the tokens of the whole optimizer step; 0 for a step without any."""
     return x.sum() / max(num_tokens, 1)
-
-
-def _scaled(logits: Float[Tensor, "B T V"], temperature: float) -> Float[Tensor, "B T V"]:
-    logits = logits.float()
-    return logits if temperature == 1 else logits / temperature

@@ -61,10 +61,7 @@ def estimate(config: PPOConfig | EvaluateConfig) -> list[RoleMemory]:
         _learner("policy", place.policy, config.policy, policy, scalar_head=False),
         _learner("critic", place.critic, config.critic, shape_of(config.critic.init_from), scalar_head=True),
         _frozen("reference", place.reference, config.reference, shape_of(config.reference.init_from), scalar_head=False),
-        *(
-            _frozen(f"reward_model_{i}", place.reward_model, model, shape_of(model.init_from), scalar_head=True)
-            for i, model in enumerate(models)
-        ),
+        *(_frozen(f"reward_model_{i}", place.reward_model, model, shape_of(model.init_from), scalar_head=True) for i, model in enumerate(models)),
         RoleMemory("rewards", RolePlacement(), None, {"process": PROCESS_GIB["rewards"]}),
     ]
 
@@ -146,7 +143,9 @@ def _generator(config: PPOConfig | EvaluateConfig, init_from: str, shape: ModelS
     sequences = generator.max_num_seqs
     logits = {"activations": float(sequences * (shape.vocab_size or 0) * 4 * 2)}
     tokens = sequences * (config.data.max_prompt_tokens + config.sampling.max_tokens)
-    return _known("generator", placement, parameters, weights | logits | {"cache": _cache(generator, placement, shape, tokens)}, _cache_note(generator, placement))
+    return _known(
+        "generator", placement, parameters, weights | logits | {"cache": _cache(generator, placement, shape, tokens)}, _cache_note(generator, placement)
+    )
 
 
 def _cache(generator: GeneratorConfig, placement: RolePlacement, shape: ModelShape, tokens: int) -> float:

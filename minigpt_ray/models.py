@@ -4,6 +4,7 @@ Stock Hugging Face architectures, so that vLLM and `AutoModelForCausalLM.from_pr
 """
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, logging
 from transformers.models.auto.configuration_auto import AutoConfig
 
+from minigpt_ray.losses import align, token_values
 from minigpt_ray.presets import PRESETS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -28,7 +30,9 @@ def resolve_model(init_from: str, run_dir: Path) -> str:
     if (local / "config.json").is_file():
         return str(local.absolute())
     if local.is_absolute() or init_from.startswith(".") or init_from.count("/") != 1:
-        raise FileNotFoundError(f"init_from={init_from!r} is neither a finished stage of this run ({stage} has no config.json) nor a model directory; run that stage first")
+        raise FileNotFoundError(
+            f"init_from={init_from!r} is neither a finished stage of this run ({stage} has no config.json) nor a model directory; run that stage first"
+        )
     return init_from
 
 
@@ -90,14 +94,13 @@ class TokenLogprobs(nn.Module):
         rows come with position_ids that restart with every example, which is what isolates examples in transformers.
         """
         assert not bool(mask[:, 0].any()), "column 0 has no tokens before it"
-        hidden = self.model.base_model(input_ids=token_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-        rows, columns = mask.nonzero(as_tuple=True)
-        logits = self.model.get_output_embeddings()(hidden[rows, columns - 1]).float() / temperature
+        hidden = align(self.model.base_model(input_ids=token_ids, position_ids=position_ids, use_cache=False).last_hidden_state)[:, :-1]
+        logits = self.model.get_output_embeddings()(hidden[mask]).float() / temperature
         log_normaliser = logits.logsumexp(-1)
-        chosen = logits.gather(-1, token_ids[rows, columns].long()[:, None])[:, 0] - log_normaliser
+        chosen = logits.gather(-1, token_ids[mask].long()[:, None])[:, 0] - log_normaliser
         entropy = log_normaliser - (logits.softmax(-1) * logits).sum(-1)
         empty = torch.zeros(token_ids.shape, device=token_ids.device)
-        return empty.index_put((rows, columns), chosen), empty.index_put((rows, columns), entropy)
+        return empty.masked_scatter(mask, chosen), empty.masked_scatter(mask, entropy)
 
 
 class TokenValues(nn.Module):
@@ -110,8 +113,7 @@ class TokenValues(nn.Module):
     def forward(self, token_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T+1"]:
         """Column t is the estimate before token t: the head's output at token t - 1; column 0, before any token, is 0."""
         hidden = self.model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state
-        outputs = self.model.score(hidden)[..., 0].float()
-        return torch.cat([torch.zeros_like(outputs[:, :1]), outputs], 1)
+        return token_values(cast(nn.Module, self.model.score)(hidden)[..., 0].float())
 
 
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, weights: dict[str, Tensor] | None = None) -> None:

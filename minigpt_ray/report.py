@@ -165,7 +165,9 @@ def _chapter(name: str, rows: Rows, directory: Path) -> str:
     if (directory / "samples.jsonl").is_file():
         parts.append(_samples(read_samples(directory / "samples.jsonl")))
     if (directory / "config.yaml").is_file():
-        parts.append(f"<details><summary>Configuration of {html.escape(name)}</summary><pre>{html.escape((directory / 'config.yaml').read_text(encoding='utf-8'))}</pre></details>")
+        parts.append(
+            f"<details><summary>Configuration of {html.escape(name)}</summary><pre>{html.escape((directory / 'config.yaml').read_text(encoding='utf-8'))}</pre></details>"
+        )
     return "\n".join(filter(None, parts))
 
 
@@ -213,7 +215,11 @@ def _panel(panel: Panel, rows: Rows) -> str:
 def _phases(rows: Rows) -> str:
     """Stacked seconds of the phases of a step; phases within phases are part of the outer one."""
     timed = [row for row in rows if "time/step_s" in row]
-    names = list(dict.fromkeys(name for row in timed for name in row if name.startswith("time/") and name.count("/") == 1 and name.endswith("_s") and name != "time/step_s"))
+    names = list(
+        dict.fromkeys(
+            name for row in timed for name in row if name.startswith("time/") and name.count("/") == 1 and name.endswith("_s") and name != "time/step_s"
+        )
+    )
     if len(timed) < 2 or not names:
         return ""
     steps = np.array([row["step"] for row in timed], float)

@@ -229,7 +229,9 @@ class _TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise ModuleNotFoundError("logging.tensorboard=true needs the package tensorboard, which is not installed; pip install tensorboard, or set logging.tensorboard=false") from None
+            raise ModuleNotFoundError(
+                "logging.tensorboard=true needs the package tensorboard, which is not installed; pip install tensorboard, or set logging.tensorboard=false"
+            ) from None
         self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
 
     def log(self, step: int, metrics: Row) -> None:

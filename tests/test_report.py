@@ -33,7 +33,18 @@ def run(tmp_path):
                     tracker.log(step, {"eval/accuracy": 0.4 + step / 200, "eval/mean_reward": 0.5, "eval/sampled_accuracy": 0.3})
                     tracker.samples(step, [sample(step, "eval", response=f"<b>{step}</b>", reward=math.nan)])
                 if step and stage == "ppo":
-                    tracker.log(step, {"train/epoch": 1, "train/reward": step / 50, "train/kl_ref": math.nan, "time/step_s": 2.0, "time/rollout_s": 1.5, "time/learn_s": 0.5, "time/learn/publish_s": 0.1})
+                    tracker.log(
+                        step,
+                        {
+                            "train/epoch": 1,
+                            "train/reward": step / 50,
+                            "train/kl_ref": math.nan,
+                            "time/step_s": 2.0,
+                            "time/rollout_s": 1.5,
+                            "time/learn_s": 0.5,
+                            "time/learn/publish_s": 0.1,
+                        },
+                    )
                     tracker.samples(step, [sample(step)])
                 if step and stage == "sft":
                     tracker.log(step, {"train/epoch": 1, "train/loss": 3 / step, "time/step_s": 1.0})

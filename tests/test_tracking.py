@@ -35,12 +35,22 @@ def printed(tracker):
 
 
 def test_console_line_of_ppo():
-    expected = "Epoch:[1/1](100/500) actor_loss:0.2346 critic_loss:0.1235 reward:1.2346 kl:0.0012 grad_norm_actor:0.8234 tokens/s:12345 MFU:0.35% epoch_Time:5min"
+    expected = (
+        "Epoch:[1/1](100/500) actor_loss:0.2346 critic_loss:0.1235 reward:1.2346 kl:0.0012 grad_norm_actor:0.8234 tokens/s:12345 MFU:0.35% epoch_Time:5min"
+    )
     assert console_line(100, 500, 1, {**PPO_ROW, "train/critic_loss": 0.12346}) == expected
 
 
 def test_console_line_of_a_supervised_stage_and_of_an_evaluation():
-    row = {"train/epoch": 2.4, "train/loss": 1.5, "train/lr": 1e-3, "train/grad_norm": 0.5, "train/tokens_per_second": 99.6, "train/mfu_percent": 12.0, "system/epoch_time": 0.4}
+    row = {
+        "train/epoch": 2.4,
+        "train/loss": 1.5,
+        "train/lr": 1e-3,
+        "train/grad_norm": 0.5,
+        "train/tokens_per_second": 99.6,
+        "train/mfu_percent": 12.0,
+        "system/epoch_time": 0.4,
+    }
     assert console_line(3, 9, 3, row) == "Epoch:[3/3](3/9) loss:1.5000 lr:0.001 grad_norm:0.5000 tokens/s:100 MFU:12.00% epoch_Time:0min"
     assert console_line(3, 9, 3, {"eval/accuracy": 0.5, "eval/count": 4}) == "Eval(3/9) accuracy:0.5000 count:4.0000"
 

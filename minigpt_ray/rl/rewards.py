@@ -13,9 +13,7 @@ def combine(by_source: dict[str, Float[Tensor, "B"]], weights: dict[str, float],
     return RewardScores(torch.where(failed, 0, total), by_source, failed)
 
 
-def token_rewards(
-    scores: Float[Tensor, "B"], kl: Float[Tensor, "B T"], kl_coef: float, mask: Bool[Tensor, "B T"]
-) -> Float[Tensor, "B T"]:
+def token_rewards(scores: Float[Tensor, "B"], kl: Float[Tensor, "B T"], kl_coef: float, mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """-kl_coef * kl on every token under the mask, and the row's score on the last of them; 0 elsewhere."""
     is_last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
     return torch.where(mask, -kl_coef * kl, 0) + torch.where(is_last, scores[:, None], 0)

@@ -44,9 +44,7 @@ SCORES = Scores(POLICY, REFERENCE, torch.zeros(4, 8), RewardScores(TOTAL, {"veri
 def experience(mask: torch.Tensor) -> Experience:
     """Column t has value t and return 2 t, wherever."""
     column = torch.arange(7).expand(4, 7).float()
-    return Experience(
-        BATCH.token_ids, BATCH.lengths, mask, torch.where(mask, POLICY, 0), values=column, advantages=column - 4, returns=2 * column, step=0
-    )
+    return Experience(BATCH.token_ids, BATCH.lengths, mask, torch.where(mask, POLICY, 0), values=column, advantages=column - 4, returns=2 * column, step=0)
 
 
 EXPERIENCE = experience(BATCH.response_mask)
