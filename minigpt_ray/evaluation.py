@@ -25,7 +25,7 @@ def evaluation_metrics(rollouts: Sequence[Rollout], verified: Sequence[float], r
     }
 
 
-def _mean(values: Sequence[float]) -> float:
+def _mean(values: Sequence[int | float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
