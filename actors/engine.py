@@ -134,17 +134,19 @@ class Engine:
 
     def save(self, directory: Path) -> None:
         """Model, optimizer, schedule and random state of every rank. Collective."""
-        state = {"random": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}}
-        self.engine.save_checkpoint(str(directory), tag="engine", client_state=state)
+        self.engine.save_checkpoint(str(directory), tag="engine")
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        torch.save({"torch": torch.get_rng_state(), "cuda": cuda}, directory / f"random-{dist.get_rank()}.pt")  # DeepSpeed keeps rank 0's alone
 
     def load(self, directory: Path) -> None:
-        """Restore what `save` wrote. Collective."""
-        path, state = self.engine.load_checkpoint(str(directory), tag="engine")
+        """Restore what `save` wrote, on as many ranks. Collective."""
+        path, _ = self.engine.load_checkpoint(str(directory), tag="engine")
         if path is None:
             raise FileNotFoundError(f"{directory} holds no engine state")
-        torch.set_rng_state(state["random"]["torch"].cpu())
-        if state["random"]["cuda"]:
-            torch.cuda.set_rng_state_all([s.cpu() for s in state["random"]["cuda"]])
+        random = torch.load(directory / f"random-{dist.get_rank()}.pt")
+        torch.set_rng_state(random["torch"])
+        if random["cuda"]:
+            torch.cuda.set_rng_state_all(random["cuda"])
 
 
 def all_reduce_sum(stats: Stats) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """What a PPO job settles before any process starts: which models, which prompts, where to go on. Bad input is refused here."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from minigpt_ray.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 
-MAY_DIFFER_ON_RESUME = ("steps", "logging", "checkpoint", "evaluation", "placement", "generator")
+MAY_DIFFER_ON_RESUME = ("run", "output_dir", "steps", "logging", "checkpoint", "evaluation", "placement", "generator")
 """Fields, or sections, of the configuration that a resumed run may change; any other difference would be another run."""
 
 
@@ -41,7 +41,7 @@ class Preparation:
         self.held_out = load_prompts(config.evaluation.data, default / "held_out.jsonl", self.tokenizer).prompts[: config.evaluation.num_prompts]
         self._check_rewards()
         self.checkpoints = Checkpoints(self.directory / "checkpoint", config.checkpoint.keep)
-        self.start = self._start()
+        self.start = find_start(config, self.directory, self.checkpoints, MAY_DIFFER_ON_RESUME)
 
     @property
     def roles(self) -> dict[str, RolePlacement]:
@@ -94,25 +94,33 @@ class Preparation:
                         f"rewards.{name} verifies answers, but {without} of {len(self.prompts)} prompts carry none; give every prompt an answer or use another reward"
                     )
 
-    def _start(self) -> Path | None:
-        """The checkpoint to go on from. Without resume=auto the stage starts over, and an earlier run's checkpoints are kept aside."""
-        if self.config.checkpoint.resume == "never":
-            self.checkpoints.set_aside()
-            return None
-        start = self.checkpoints.latest()
-        if start is not None:
-            before = yaml.safe_load((start / "config.yaml").read_text())
-            refuse_differences(before, resolved(self.config), start)
-        return start
+
+def find_start(config: PPOConfig, directory: Path, checkpoints: Checkpoints, may_differ: Collection[str]) -> Path | None:
+    """The checkpoint to go on from, None for the beginning.
+
+    Raises ValueError where checkpoint.resume=never would write over an earlier run, and where a resumed run would be
+    another run than the one that was saved.
+    """
+    if config.checkpoint.resume == "never":
+        found = [path for path in (directory / "checkpoint", directory / "model", directory / "metrics.jsonl") if path.exists()]
+        if found:
+            raise ValueError(
+                f"{found[0]} is there from an earlier run, which would be written over; go on from it with checkpoint.resume=auto, choose another run=, or remove {directory}"
+            )
+        return None
+    start = checkpoints.latest()
+    if start is not None:
+        refuse_differences(yaml.safe_load((start / "config.yaml").read_text()), resolved(config), start, may_differ)
+    return start
 
 
-def refuse_differences(before: Mapping[str, Any], now: Mapping[str, Any], start: Path) -> None:
+def refuse_differences(before: Mapping[str, Any], now: Mapping[str, Any], start: Path, may_differ: Collection[str]) -> None:
     """Raise ValueError, naming every field, when a resumed run would not be the run that was saved."""
     old, new = _flat(before), _flat(now)
-    changed = [name for name in sorted(old.keys() | new.keys()) if name.split(".")[0] not in MAY_DIFFER_ON_RESUME and old.get(name) != new.get(name)]
+    changed = [name for name in sorted(old.keys() | new.keys()) if name.split(".")[0] not in may_differ and old.get(name) != new.get(name)]
     if changed:
         listed = ", ".join(f"{name}: {old.get(name)} -> {new.get(name)}" for name in changed)
-        raise ValueError(f"cannot resume from {start}, the configuration has changed ({listed}); undo that, or start over with checkpoint.resume=never")
+        raise ValueError(f"cannot resume from {start}, the configuration has changed ({listed}); undo that, or choose another run=")
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -98,7 +98,8 @@ def prepare(config: SFTConfig, stage: Stage) -> Ready:
     return Ready(config, stage.name, directory, model, str(Path(tokenizer).absolute()) if Path(tokenizer).is_dir() else tokenizer, files, shape, start)
 
 
-MAY_DIFFER = ("run", "output_dir", "logging", "checkpoint", "num_workers", "cpus_per_worker", "gpus_per_worker", "validation_every")
+MAY_DIFFER = ("run", "output_dir", "cpus_per_worker", "validation_every")
+"""Fields that a resumed run may change, besides those that any job may."""
 
 
 def _start(config: SFTConfig, checkpoints: Checkpoints, directory: Path) -> int:
@@ -113,12 +114,14 @@ def _start(config: SFTConfig, checkpoints: Checkpoints, directory: Path) -> int:
     latest = checkpoints.latest()
     if latest is None:
         return 0
-    before = yaml.safe_load((latest / "config.yaml").read_text())
-    now = resolved(config)
-    for tree in (before, now):
-        for name in MAY_DIFFER:
-            del tree[name]
-    refuse_differences(before, now, latest)
+    before, now = (
+        {name: value for name, value in tree.items() if name not in MAY_DIFFER}
+        for tree in (yaml.safe_load((latest / "config.yaml").read_text()), resolved(config))
+    )
+    try:
+        refuse_differences(before, now, latest)
+    except ValueError as error:
+        raise StageError(str(error)) from None
     return checkpoints.step_of(latest)
 
 

@@ -8,7 +8,7 @@ actors; this driver starts work, gathers results and logs. Rollouts, Scores and 
 minigpt_ray/rl/experience.py, what is computed from them in minigpt_ray/rl/step.py.
 """
 
-from minigpt_ray.cli import load_config
+from minigpt_ray.cli import load_config, one_sentence
 from minigpt_ray.config import PPOConfig
 
 
@@ -29,7 +29,8 @@ def train(config: PPOConfig) -> None:
     from minigpt_ray.rl.step import make_experience
     from minigpt_ray.tracking import Timer
 
-    ready = Preparation(config)  # bad input is refused before any process starts
+    with one_sentence():  # bad input is refused before any process starts
+        ready = Preparation(config)
     with ready.tracker() as tracker, Cluster(config.placement, ready.roles) as cluster:
         peak_flops = cluster.peak_flops
         tensor_parallel, tolerance = config.placement.generator.tensor_parallel, config.weights.probe_tolerance

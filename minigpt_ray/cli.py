@@ -18,6 +18,7 @@ import re
 import sys
 import types
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -61,6 +62,16 @@ def load_config(root: type[C], argv: list[str] | None = None) -> C:
             print_placement(config)
         raise SystemExit(0)
     return config
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """What a user can mend ends the process with code 2 and its sentence on stderr, not with a traceback."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def read_config(root: type[C], arguments: list[str]) -> C:

@@ -1,0 +1,53 @@
+"""Score models on held-out prompts.
+
+    python -m jobs.evaluate configs/evaluate.yaml models=[sft,ppo]
+
+Each model generates with the same engine, sampling and seeds as in PPO's own evaluations. Writes
+<run_dir>/evaluate/results.json and a report of the whole run, and prints a table.
+"""
+
+from minigpt_ray.cli import load_config, one_sentence
+from minigpt_ray.config import EvaluateConfig
+
+
+def run(config: EvaluateConfig) -> None:
+    """Evaluate every model, one after the other."""
+    from rich.console import Console
+
+    from actors.evaluation import evaluate
+    from actors.generator import Generator
+    from actors.placement import Cluster, roles_of_evaluation
+    from actors.rewards import Rewards
+    from minigpt_ray.checkpoint import write_json_atomic
+    from minigpt_ray.cli import write_resolved
+    from minigpt_ray.data.prompts import load_prompts
+    from minigpt_ray.evaluation import results_table
+    from minigpt_ray.models import resolve_model
+    from minigpt_ray.report import write_report
+    from minigpt_ray.tokenizer import load_tokenizer
+
+    with one_sentence():
+        paths = {name: resolve_model(name, config.run_dir) for name in config.models}
+        default = config.stage_dir("prepare_data") / "held_out.jsonl"
+        held_out = {name: load_prompts(config.data, default, load_tokenizer(path)).prompts[: config.num_prompts] for name, path in paths.items()}
+    results: dict[str, dict[str, float]] = {}
+    console = Console()
+    placement = config.placement
+    with Cluster(placement, roles_of_evaluation(placement, config.rewards)) as cluster:
+        rewards = Rewards(cluster, config.rewards, config.run_dir, next(iter(paths.values())))
+        for name, path in paths.items():
+            prompts = held_out[name]
+            longest = max(len(prompt.token_ids) for prompt in prompts) + config.sampling.max_tokens
+            with console.status(f"{name}: {len(prompts)} held-out prompts"):
+                generator = Generator(cluster, path, config.generator, longest, placement.generator.tensor_parallel, config.seed)
+                generator.use_checkpoint()
+                results[name], _ = evaluate(generator, rewards, prompts, config.sampling, config.sampled)
+                generator.close()
+    write_resolved(config, config.stage_dir("evaluate"))
+    write_json_atomic(config.stage_dir("evaluate") / "results.json", results)
+    console.print(results_table(results, len(next(iter(held_out.values())))))
+    console.print(f"report: {write_report(config.run_dir)}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    run(load_config(EvaluateConfig))
