@@ -114,7 +114,7 @@ def find_start(config: PPOConfig, directory: Path, checkpoints: Checkpoints, may
     return start
 
 
-def refuse_differences(before: Mapping[str, Any], now: Mapping[str, Any], start: Path, may_differ: Collection[str]) -> None:
+def refuse_differences(before: Mapping[str, Any], now: Mapping[str, Any], start: Path, may_differ: Collection[str] = MAY_DIFFER_ON_RESUME) -> None:
     """Raise ValueError, naming every field, when a resumed run would not be the run that was saved."""
     old, new = _flat(before), _flat(now)
     changed = [name for name in sorted(old.keys() | new.keys()) if name.split(".")[0] not in may_differ and old.get(name) != new.get(name)]
