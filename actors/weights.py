@@ -123,7 +123,7 @@ def probe_gap(publication: Publication, logprobs: Iterable[float], tolerance: fl
 
     Raises WeightsError above `tolerance`: the engine does not compute with this version.
     """
-    gap = max(abs(mine - theirs) for mine, theirs in zip(logprobs, publication.probe.logprobs, strict=True))
+    gap = float(np.max([abs(mine - theirs) for mine, theirs in zip(logprobs, publication.probe.logprobs, strict=True)]))  # max() would lose a nan
     if not gap <= tolerance:
         raise WeightsError(
             f"after loading weights version {publication.version} the generator's logprobs differ by {gap:.2g} nats from the policy's (weights.probe_tolerance={tolerance:g}); a tensor was not applied"
