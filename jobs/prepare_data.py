@@ -84,8 +84,8 @@ def prepare(config: PrepareConfig) -> Path:
     for name in SETS:
         for entry in sets[name]:
             check_scores(entry)
-    texts = (text for name in ("demonstrations", "prompts") for entry in sets[name] for text in (entry["question"], entry["answer"]))
-    tokenizer = train_tokenizer(texts, config.tokenizer.vocab_size)
+    texts = (text for name in ("demonstrations", "prompts") for entry in sets[name] for text in ("user", entry["question"], "assistant", entry["answer"]))
+    tokenizer = train_tokenizer(texts, config.tokenizer.vocab_size, config.tokenizer.phrases)
 
     unfinished = directory.with_name(f".{STAGE}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed

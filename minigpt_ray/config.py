@@ -155,7 +155,9 @@ class TokenizerConfig(Config):
     """Byte-level BPE trained on the prepared text."""
 
     vocab_size: int = Field(default=320, ge=260)
-    """Tokens, the 256 bytes and the special tokens included; 260 to 320 merges (almost) nothing, which suits character tasks."""
+    """Tokens before `phrases`, the 256 bytes and the 4 special tokens included; 260 merges nothing, which suits character tasks."""
+    phrases: tuple[str, ...] = ()
+    """Strings that are one token each, wherever they stand: instructions that every prompt repeats, for example."""
 
 
 class PrepareConfig(JobConfig):

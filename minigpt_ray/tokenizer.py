@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, START, END, DOCUMENT_END = SPECIAL_TOKENS = ("<|pad|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
@@ -48,10 +48,11 @@ class Segment(NamedTuple):
     learnt: bool
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, phrases: Sequence[str] = ()) -> PreTrainedTokenizerBase:
     """Byte-level BPE of at most `vocab_size` tokens, the 256 bytes and 4 special tokens included; digits stay single.
 
-    Deterministic. `vocab_size=260` merges nothing: characters (bytes) as tokens. Raises ValueError below that.
+    Deterministic. `vocab_size=260` merges nothing: characters (bytes) as tokens. Raises ValueError below that. `phrases`
+    become one token each, on top of `vocab_size`.
     """
     smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
@@ -64,6 +65,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False)
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, eos_token=END, extra_special_tokens=[START, DOCUMENT_END])
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 

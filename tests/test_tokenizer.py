@@ -137,3 +137,14 @@ def test_missing_directory_and_missing_end_token_are_refused(tokenizer: PreTrain
     settings.write_text(json.dumps({k: v for k, v in json.loads(settings.read_text()).items() if k != "eos_token"}))
     with pytest.raises(ValueError, match="has no eos_token"):
         load_tokenizer(tmp_path)
+
+
+def test_a_phrase_is_one_token_and_reads_back(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["abc"], 260, phrases=("Spell this word backward: ", "user"))
+    assert len(tokenizer) == 262
+    text = "Spell this word backward: user abc"
+    assert tokenizer.tokenize(text)[0] == "Spell this word backward: "
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == 2 + len(" abc") and tokenizer.decode(ids) == text
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path)(text)["input_ids"] == ids
