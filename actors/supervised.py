@@ -147,10 +147,10 @@ class Begun:
 
 @dataclass(frozen=True)
 class Logged:
-    """A row of metrics."""
+    """The rows of metrics of a step."""
 
     step: int
-    metrics: dict[str, float]
+    rows: list[dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Stopped:
 
 
 class Mailbox:
-    """Ray actor between rank 0 and the driver: keeps order, and knows what the driver has dealt with."""
+    """Ray actor between rank 0 and the driver, which knows what the driver has dealt with."""
 
     def __init__(self) -> None:
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
@@ -183,6 +183,22 @@ class Mailbox:
         await self._queue.join()
 
 
+class Sender:
+    """Rank 0's end of the mailbox. A message waits for the one before it, since calls to an async actor may overtake each other."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox, self._before = mailbox, mailbox.put.remote(None)
+
+    def send(self, message: Any) -> None:
+        ray.get(self._before)
+        self._before = self._mailbox.put.remote(message)
+
+    def settle(self) -> None:
+        """Returns once the driver has dealt with everything that was sent."""
+        ray.get(self._before)
+        ray.get(self._mailbox.settled.remote())
+
+
 def fit(ready: Ready) -> Path:
     """Train as configured; returns the directory of the model. Raises DataError for bad rows, StageError when a loss is not finite."""
     config, stage = ready.config, STAGES[ready.stage]
@@ -200,7 +216,7 @@ def fit(ready: Ready) -> Path:
         tracker.message(
             f"{ready.stage} {beginning}: {num_windows:,} windows of {config.window} tokens, {config.batch_size} a step, {config.num_workers} workers"
         )
-        mailbox = ray.remote(Mailbox).options(num_cpus=0, runtime_env=environment(1)).remote()  # type: ignore[attr-defined]
+        mailbox: Any = ray.remote(Mailbox).options(num_cpus=0, runtime_env=environment(1)).remote()  # type: ignore[call-overload]
         with ThreadPoolExecutor(1) as threads:
             delivery = threads.submit(_deliver, mailbox, tracker)
             try:
@@ -222,7 +238,7 @@ class _Trainer(TorchTrainer):
     """
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, PlacementGroupCleanerCallback)]
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, PlacementGroupCleanerCallback)]  # type: ignore[misc]
 
 
 def _trainer(ready: Ready, windows: Path, mailbox: Any) -> TorchTrainer:
@@ -236,7 +252,7 @@ def _trainer(ready: Ready, windows: Path, mailbox: Any) -> TorchTrainer:
             use_gpu=config.gpus_per_worker > 0,
             resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})},
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]  # mypy reads the older API
             name=f"{time.time_ns():x}",
             storage_path=str(ready.directory / "ray_train"),
             failure_config=FailureConfig(max_failures=RESTARTS),
@@ -256,43 +272,45 @@ def _deliver(mailbox: Any, tracker: Tracker) -> Stopped:
                 if isinstance(message, Stopped):
                     return message
                 if isinstance(message, Logged):
-                    tracker.log(message.step, message.metrics)
+                    for row in message.rows:
+                        tracker.log(message.step, row)
                 elif isinstance(message, Begun):
                     begun += 1
                     if begun > 1:
                         tracker.message(f"workers were lost; new ones go on after step {message.step}")
                         tracker.rewind(message.step)
             done = len(messages)
-    finally:
+    except BaseException:
         ray.kill(mailbox)
+        raise
 
 
 # ------------------------------------------------------------------------------------------------------- workers
 
 
 def train(given: dict[str, Any]) -> None:
-    """What every Ray Train worker runs."""
-    ready, mailbox, first = given["ready"], given["mailbox"], dist.get_rank() == 0
+    """What every Ray Train worker runs; rank 0 is the one that sends."""
+    ready: Ready = given["ready"]
+    sender = Sender(given["mailbox"]) if dist.get_rank() == 0 else None
     worker = SupervisedRank(ready, StoredWindows.load(given["windows"] / "train"), StoredWindows.load(given["windows"] / "validation"))
     start = worker.restore()
-    if first:
-        mailbox.put.remote(Begun(start))
+    if sender:
+        sender.send(Begun(start))
     try:
         for step, rows in worker.steps(start):
-            if first:
-                for row in rows:
-                    mailbox.put.remote(Logged(step, row))
-                if worker.checkpoint_due(step):
-                    ray.get(mailbox.settled.remote())  # a checkpoint never knows a step that metrics.jsonl does not
+            if sender:
+                sender.send(Logged(step, rows))
             if worker.checkpoint_due(step):
+                if sender:
+                    sender.settle()  # a checkpoint never knows a step that metrics.jsonl does not
                 worker.save(step)
     except FloatingPointError as error:  # new workers would only meet it again
-        if first:
-            ray.get(mailbox.put.remote(Stopped(str(error))))
+        if sender:
+            sender.send(Stopped(str(error)))
         return
     worker.export()
-    if first:
-        ray.get(mailbox.settled.remote())
+    if sender:
+        sender.settle()
 
 
 class SupervisedRank:

@@ -1,0 +1,81 @@
+"""Windows are made once, by Ray Data, and say what is in them."""
+
+import json
+
+import numpy as np
+import pytest
+
+from actors.dataset import StoredWindows, choose_validation, describe, prepare_windows
+from minigpt_ray.data.packing import pack
+from minigpt_ray.data.rows import DataError
+from minigpt_ray.stages import STAGES
+from minigpt_ray.tokenizer import END, train_tokenizer
+
+SFT = STAGES["sft"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["a"], 260)
+
+
+def demonstrations(path, answers):
+    rows = [{"messages": [{"role": "user", "content": f"say {answer}"}, {"role": "assistant", "content": answer}]} for answer in answers]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def learnt(windows, tokenizer):
+    """What is learnt in all windows, as text, sorted."""
+    text = "".join(tokenizer.decode(ids[mask]) for ids, mask in zip(windows.token_ids, windows.loss_mask, strict=True))
+    return sorted(text.split(END)[:-1])
+
+
+def test_counts_by_hand():
+    examples = [(np.array([5, 6, 7], np.int32), np.array([False, True, True])), (np.array([8, 9], np.int32), np.array([False, True]))]
+    counts = describe(pack(examples, 8))
+    assert [counts[name].tolist() for name in ("num_tokens", "num_loss_tokens", "num_pairs", "num_examples")] == [[5], [3], [1 + 2 + 3 + 1 + 2], [2]]
+    assert len(describe(pack([], 8))["num_tokens"]) == 0
+
+
+def test_validation_rows_are_a_share_at_least_one_and_never_all():
+    assert len(choose_validation(100, 0.05, seed=0)) == 5
+    assert len(choose_validation(10, 0.01, seed=0)) == 1
+    assert choose_validation(10, 0.0, seed=0) == choose_validation(1, 0.5, seed=0) == set()
+    assert choose_validation(100, 0.05, seed=0) == choose_validation(100, 0.05, seed=0) != choose_validation(100, 0.05, seed=1)
+
+
+@pytest.mark.ray
+def test_every_row_is_in_one_window_of_one_part(ray_cluster, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("actors.dataset.BLOCK_ROWS", 7)
+    answers = [f"answer {i}" for i in range(30)]
+    directory = prepare_windows(SFT, [demonstrations(tmp_path / "a.jsonl", answers)], tokenizer, tmp_path / "windows", 128, 0.1, seed=0)
+    train, validation = (StoredWindows.load(directory / part) for part in ("train", "validation"))
+    assert len(learnt(validation, tokenizer)) == 3
+    assert sorted(learnt(train, tokenizer) + learnt(validation, tokenizer)) == sorted(answers)
+    assert train.num_examples.sum() == 27 and train.token_ids.shape[1] == 128
+
+
+@pytest.mark.ray
+def test_windows_are_made_again_only_when_what_they_are_made_from_changes(ray_cluster, tokenizer, tmp_path):
+    path = demonstrations(tmp_path / "a.jsonl", ["one", "two", "three"])
+
+    def prepare(window=128):
+        return prepare_windows(SFT, [path], tokenizer, tmp_path / "windows", window, 0.0, seed=0)
+
+    first = prepare()
+    made = (first / "train" / "token_ids.npy").stat().st_mtime_ns
+    assert prepare() == first and (first / "train" / "token_ids.npy").stat().st_mtime_ns == made
+    assert prepare(window=192) != first
+    demonstrations(path, ["one", "two", "four"])
+    again = prepare()
+    assert again != first
+    assert learnt(StoredWindows.load(again / "train"), tokenizer) == ["four", "one", "two"]
+    assert not [p for p in (tmp_path / "windows").iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.ray
+def test_a_row_longer_than_the_window_is_refused_with_its_place(ray_cluster, tokenizer, tmp_path):
+    path = demonstrations(tmp_path / "a.jsonl", ["short", "long " * 40])
+    with pytest.raises(DataError, match=r"a\.jsonl:2: \d+ tokens .* window=96; raise window"):
+        prepare_windows(SFT, [path], tokenizer, tmp_path / "windows", 96, 0.0, seed=0)

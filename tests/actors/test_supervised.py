@@ -1,0 +1,133 @@
+"""The supervised loop in one process: what is refused before it starts, and what its ranks compute."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from actors.dataset import StoredWindows, describe
+from actors.supervised import StageError, SupervisedRank, prepare
+from minigpt_ray.config import SFTConfig
+from minigpt_ray.data.packing import pack
+from minigpt_ray.data.rows import read_rows
+from minigpt_ray.stages import STAGES, encode_demonstration
+from minigpt_ray.tokenizer import train_tokenizer
+
+SFT = STAGES["sft"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run directory as prepare_data leaves it."""
+    stage = tmp_path / "r" / "prepare_data"
+    stage.mkdir(parents=True)
+    train_tokenizer(["a"], 260).save_pretrained(stage / "tokenizer")
+    rows = [{"messages": [{"role": "user", "content": f"{i}+{i}="}, {"role": "assistant", "content": str(2 * i)}]} for i in range(40)]
+    (stage / "demonstrations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def config(output_dir, **fields):
+    return SFTConfig.model_validate(
+        {"run": "r", "output_dir": output_dir, "steps": 4, "batch_size": 4, "window": 96, "validation_every": 2, "checkpoint": {"every": 2}} | fields
+    )
+
+
+@pytest.fixture(scope="module")
+def process_group(tmp_path_factory):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path_factory.mktemp('group')}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "DS_ACCELERATOR": "cpu"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def build(settings):
+    ready = prepare(settings, SFT)
+    tokenizer = train_tokenizer(["a"], 260)
+    examples = [encode_demonstration(tokenizer, row) for row in read_rows(ready.files)]
+    train, validation = (StoredWindows(**describe(pack(part, settings.window))) for part in (examples[4:], examples[:4]))
+    return SupervisedRank(ready, train, validation)
+
+
+def test_what_is_missing_is_named_with_the_command_that_makes_it(run):
+    with pytest.raises(StageError, match=r"no tokenizer at .*; run python -m jobs\.prepare_data run=other"):
+        prepare(config(run, run="other"), SFT)
+    (run / "r" / "prepare_data" / "demonstrations.jsonl").unlink()
+    with pytest.raises(StageError, match=r"no data file .*demonstrations\.jsonl; run python -m jobs.prepare_data"):
+        prepare(config(run), SFT)
+    with pytest.raises(StageError, match=r"no data file .*mine\.jsonl; correct files"):
+        prepare(config(run, files=[run / "mine.jsonl"]), SFT)
+    with pytest.raises(FileNotFoundError, match="ppo"):
+        prepare(config(run, model={"init_from": "ppo"}), SFT)
+
+
+def test_a_window_beyond_the_models_positions_is_refused(run):
+    with pytest.raises(StageError, match="window=1024 is longer than the model's 512 positions"):
+        prepare(config(run, window=1024), SFT)
+
+
+def test_an_earlier_run_is_never_written_over(run):
+    (run / "r" / "sft").mkdir()
+    assert prepare(config(run), SFT).start == 0
+    (run / "r" / "sft" / "metrics.jsonl").write_text("")
+    with pytest.raises(StageError, match=r"metrics\.jsonl is there from an earlier run.*checkpoint.resume=auto"):
+        prepare(config(run), SFT)
+    assert prepare(config(run, checkpoint={"resume": "auto"}), SFT).start == 0
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(run, process_group, environment):
+    def losses(rows):
+        return [
+            {name: value for name, value in row.items() if not name.startswith(("time/", "system/")) and "_per_second" not in name and name not in TIMED}
+            for row in rows
+        ]
+
+    TIMED = {"train/mfu_percent", "train/mfu_percent_avg", "train/eta_minutes"}
+    worker = build(config(run))
+    assert worker.restore() == 0
+    course = {}
+    for step, rows in worker.steps(0):
+        course[step] = losses(rows)
+        if step == 2:
+            worker.save(step)
+    worker.export()
+
+    with pytest.raises(StageError, match=r"optimizer\.lr"):
+        prepare(config(run, checkpoint={"every": 2, "resume": "auto"}, optimizer={"lr": 1.0}), SFT)
+    again = build(config(run, checkpoint={"every": 2, "resume": "auto"}))
+    assert again.ready.start == again.restore() == 2
+    assert {step: losses(rows) for step, rows in again.steps(2)} == {step: course[step] for step in (3, 4)}
+
+    first = course[1][0]
+    assert first["train/loss"] == pytest.approx(math.log(260), abs=0.5)
+    assert first["train/perplexity"] == pytest.approx(math.exp(first["train/loss"]))
+    assert first["train/epoch"] == pytest.approx(4 / len(worker.windows))
+    assert [len(rows) for rows in course.values()] == [1, 2, 1, 2]
+    assert course[4][1].keys() == {"validation/loss", "validation/perplexity"}
+    assert course[4][0]["train/num_tokens_seen"] > course[1][0]["train/num_tokens_seen"] > 0
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(run / "r" / "sft" / "model")
+    for name, tensor in worker.model.state_dict().items():
+        assert np.array_equal(tensor, model.state_dict()[name]), name
+    assert AutoTokenizer.from_pretrained(run / "r" / "sft" / "model").chat_template
+
+
+@pytest.mark.slow
+def test_micro_batches_do_not_change_the_course(run, process_group, environment):
+    courses = []
+    for budget in (96, 8192):
+        worker = build(config(run, engine={"micro_batch_tokens": budget}))
+        courses.append(
+            [row[name] for _, rows in worker.steps(0) for row in rows for name in ("train/loss", "train/grad_norm", "validation/loss") if name in row]
+        )
+    assert courses[0] == pytest.approx(courses[1], rel=1e-4)
