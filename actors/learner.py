@@ -1,5 +1,6 @@
 """What the policy and the critic learner share: PPO epochs and mini-batches."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -19,7 +20,7 @@ class Learnt:
     """What the PPO epochs of one step came to."""
 
     stats: dict[str, float]
-    """Token means over the mini-batches of the last epoch."""
+    """Token means over the mini-batches of the last epoch; nan when all of them were refused."""
     grad_norm: float
     """Mean over those mini-batches, before clipping."""
     lr: float
@@ -59,12 +60,15 @@ def learn(
                     raise FloatingPointError(
                         f"step {experience.step}, PPO epoch {epoch}: a loss or gradient is not finite and no update was applied; lower the learning rate, or set algorithm.non_finite=skip to go on"
                     )
-            elif epoch == algorithm.ppo_epochs - 1:
+            counts = update.applied and epoch == algorithm.ppo_epochs - 1
+            if counts:
                 grad_norms.append(update.grad_norm)
                 tokens += num_tokens
-                for name, value in update.stats.items():
-                    sums[name] = sums.get(name, 0.0) + value * num_tokens
-    return Learnt({name: value / max(1, tokens) for name, value in sums.items()}, sum(grad_norms) / max(1, len(grad_norms)), lr, skipped)
+            for name, value in update.stats.items():
+                sums[name] = sums.get(name, 0.0) + (value * num_tokens if counts else 0.0)
+    if not grad_norms:
+        return Learnt(dict.fromkeys(sums, math.nan), math.nan, lr, skipped)
+    return Learnt({name: value / tokens for name, value in sums.items()}, sum(grad_norms) / len(grad_norms), lr, skipped)
 
 
 def _part(experience: Experience, index: Tensor, positions: list[int], device: torch.device) -> Experience:
