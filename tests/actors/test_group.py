@@ -1,0 +1,127 @@
+"""The driver sends a method, never its name, and gets results in rank order, with the ranks' own exceptions."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import ray
+import torch
+import torch.distributed as dist
+from ray import cloudpickle
+
+from actors.group import Group, Pending, Rank, Shared, by_reference, gather
+from actors.placement import Cluster
+from minigpt_ray.config import PlacementConfig, RolePlacement
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the ranks' processes cannot import a test
+
+
+@dataclass(frozen=True)
+class Table:
+    rows: torch.Tensor
+
+
+class Adder:
+    """A rank that adds."""
+
+    def __init__(self, rank: Rank, start: int) -> None:
+        self.rank, self.start = rank, start
+
+    def add(self, number: int) -> int:
+        return self.start + number + 100 * self.rank.index
+
+    def doubled(self, table: Table) -> torch.Tensor:
+        return 2 * table.rows[self.rank.share(len(table.rows))]
+
+    def slow(self) -> int:
+        time.sleep(0.5)
+        return os.getpid()
+
+    def sum_over_ranks(self) -> float:
+        """A collective of all hosts."""
+        value = torch.tensor([float(self.rank.index + 1)])
+        dist.all_reduce(value)
+        return float(value)
+
+    def fails(self, text: str) -> None:
+        if self.rank.index == 1:
+            raise ValueError(text)
+
+
+@pytest.fixture(scope="module")
+def adders(ray_cluster: None) -> Iterator[Group[Adder]]:
+    """Two ranks in processes of their own, with a process group."""
+    with Cluster(PlacementConfig(), {"adder": RolePlacement(ranks=2)}) as cluster:
+        group = Group(cluster.hosts("adder", form_group=True), "adder", Adder, 10)
+        group.ready()
+        yield group
+
+
+@pytest.mark.parametrize(("size", "world"), [(8, 2), (7, 3), (2, 5), (0, 2)])
+def test_shares_cover_all_rows_and_differ_by_at_most_one(size: int, world: int) -> None:
+    shares = [range(size)[Rank(index, world, "cpu").share(size)] for index in range(world)]
+    assert [row for share in shares for row in share] == list(range(size))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.ray
+def test_a_method_runs_on_every_rank_with_results_in_rank_order(adders: Group[Adder]) -> None:
+    assert adders.call(Adder.add, 5).result() == [15, 115]
+    assert adders.first(Adder.add, 5).result() == 15
+    assert adders.each(Adder.add, [(1,), (2,)]).result() == [11, 112]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_scattered_rows_come_back_in_their_order(adders: Group[Adder], size: int) -> None:
+    table = Table(torch.arange(size * 2).reshape(size, 2))
+    assert torch.equal(adders.scatter(Adder.doubled, table, torch.cat).result(), 2 * table.rows)
+
+
+@pytest.mark.ray
+def test_ranks_of_a_group_form_one_process_group(adders: Group[Adder]) -> None:
+    assert adders.call(Adder.sum_over_ranks).result() == [3.0, 3.0]
+
+
+@pytest.mark.ray
+def test_an_exception_of_a_rank_arrives_with_its_type_and_place(adders: Group[Adder]) -> None:
+    with pytest.raises(ValueError, match="no such thing") as caught:
+        adders.call(Adder.fails, "no such thing").result()
+    assert "in fails" in str(caught.value) and "test_group.py" in str(caught.value)
+    assert adders.call(Adder.add, 0).result() == [10, 110]  # the ranks live on
+
+
+@pytest.mark.ray
+def test_ranks_work_side_by_side_and_gather_waits_for_all(adders: Group[Adder]) -> None:
+    adders.call(Adder.add, 0).result()
+    start = time.perf_counter()
+    both = adders.call(Adder.slow)
+    assert time.perf_counter() - start < 0.4  # pending, not done
+    pids, number = gather(both, adders.first(Adder.add, 1).then(lambda n: n + 1))
+    assert len(set(pids)) == 2 and os.getpid() not in pids
+    assert number == 12
+    assert gather(Pending.done("a"), Pending.done(2)) == ("a", 2)
+
+
+@pytest.mark.ray
+def test_idle_share_is_the_time_that_the_busiest_rank_did_not_work(adders: Group[Adder]) -> None:
+    adders.usage_metrics(1.0)
+    adders.call(Adder.slow).result()
+    metrics = adders.usage_metrics(1.0)
+    assert metrics["time/idle_share/adder"] == pytest.approx(0.5, abs=0.1)
+    assert 0.1 < metrics["memory/adder_gib"] < 8  # two processes with torch
+    assert adders.usage_metrics(1.0)["time/idle_share/adder"] == 1.0
+
+
+@pytest.mark.ray
+def test_a_value_lies_in_the_object_store_once_while_it_lives(ray_cluster: None) -> None:
+    table = Table(torch.ones(3, 2))
+    shared = by_reference(table)
+    assert isinstance(shared, Shared) and by_reference(table) is shared
+    assert torch.equal(ray.get(shared.ref).rows, table.rows)
+    assert by_reference(Table(table.rows)) is not shared
+    for plain in (5, "text", [table], Table):
+        assert by_reference(plain) is plain

@@ -1,0 +1,312 @@
+"""Policy and critic ranks without Ray: an update does what its loss says, however it is cut into micro-batches and ranks."""
+
+import math
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from actors.critic import CriticRank
+from actors.group import Rank, RankHost
+from actors.policy import PolicyRank
+from minigpt_ray.config import AlgorithmConfig, CriticConfig, OptimizerConfig, PolicyConfig
+from minigpt_ray.models import TokenLogprobs, TokenValues, load_causal, load_scalar
+from minigpt_ray.rl.experience import Experience, RolloutBatch
+
+LENGTHS = (9, 14, 6, 11, 14, 8, 7, 12, 10)
+PROMPT = 4
+# A large epsilon makes Adam's first steps as smooth as the gradient: float noise cannot turn into a change of sign.
+OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-3)
+# Nine rollouts in mini-batches of four: the last has one row, so that of two ranks one has none.
+ALGORITHM = AlgorithmConfig(ppo_epochs=2, mini_batch_size=4, value_clip=None)
+
+
+def batch() -> RolloutBatch:
+    """Rollouts of several lengths, prompts of PROMPT tokens, the second one truncated, the third one dropped."""
+    torch.manual_seed(1)
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32)
+    columns = torch.arange(max(LENGTHS))
+    inside = columns < lengths[:, None]
+    mask = inside & (columns >= PROMPT)
+    mask[2] = False
+    size = len(LENGTHS)
+    return RolloutBatch(
+        token_ids=(torch.randint(260, inside.shape) * inside).int(),
+        prompt_lengths=torch.full((size,), PROMPT, dtype=torch.int32),
+        lengths=lengths,
+        response_mask=mask,
+        truncated=torch.arange(size) == 1,
+        groups=torch.arange(size, dtype=torch.int32),
+        generator_logprobs=torch.zeros(inside.shape),
+        weight_versions=torch.zeros(inside.shape, dtype=torch.int32),
+    )
+
+
+def experience(logprobs: Tensor, advantages: Tensor | float, step: int = 0) -> Experience:
+    rollouts = batch()
+    mask = rollouts.response_mask
+    zeros = torch.zeros(mask.shape)
+    torch.manual_seed(2)
+    return Experience(
+        token_ids=rollouts.token_ids,
+        lengths=rollouts.lengths,
+        response_mask=mask,
+        logprobs=logprobs,
+        values=zeros,
+        advantages=torch.where(mask, torch.as_tensor(advantages), zeros),
+        returns=torch.where(mask, torch.randn(mask.shape), zeros),
+        step=step,
+    )
+
+
+def varied() -> Tensor:
+    torch.manual_seed(3)
+    return torch.randn(len(LENGTHS), max(LENGTHS))
+
+
+def policy_rank(path: Path, rank: Rank = Rank(0, 1, "cpu"), algorithm: AlgorithmConfig = ALGORITHM, temperature: float = 1.0, **changes: object) -> PolicyRank:
+    return PolicyRank(rank, str(path), PolicyConfig(**{"optimizer": OPTIMIZER, **changes}), algorithm, temperature, 100, 0)
+
+
+def critic_rank(path: Path, rank: Rank = Rank(0, 1, "cpu"), algorithm: AlgorithmConfig = ALGORITHM, **changes: object) -> CriticRank:
+    return CriticRank(rank, str(path), CriticConfig(**{"optimizer": OPTIMIZER, **changes}), algorithm, 100, 0)
+
+
+def weights_of(rank: PolicyRank | CriticRank) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in rank.engine.named_weights(rank.model)}
+
+
+def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return max(float((a[name] - b[name]).abs().max()) for name in a.keys() | b.keys())
+
+
+def course(path: Path, rank: Rank, **changes: object) -> dict[str, object]:
+    """One step of policy and critic with the given engine settings: what they say before, report, and end with."""
+    policy, critic = policy_rank(path, rank, **changes), critic_rank(path, rank, **changes)
+    everything = policy_rank(path, Rank(0, 1, "cpu")).logprobs(batch()) if rank.world == 1 else torch.load(path / "logprobs.pt")
+    taken = experience(everything, varied())
+    return {
+        "logprobs": policy.logprobs(batch()),
+        "values": critic.values(batch()),
+        "policy": policy.update(taken),
+        "critic": critic.update(taken),
+        "policy_weights": weights_of(policy),
+        "critic_weights": weights_of(critic),
+    }
+
+
+def process(index: int, path: Path, port: int) -> None:
+    """One of two ranks; what it found goes to a file."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "DS_ACCELERATOR_LOG_LEVEL": "ERROR"}
+    host = RankHost(index, 2, threads=1)
+    host.join("127.0.0.1", port)
+    torch.save(course(path, host.rank), path / f"rank-{index}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone() -> Iterator[None]:
+    """A process group of one rank, formed as a RankHost forms it."""
+    before = dict(os.environ)
+    RankHost(0, 1, threads=1).join("127.0.0.1", free_port())
+    yield
+    dist.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def one_rank(nano: Path) -> dict[str, object]:
+    return course(nano, Rank(0, 1, "cpu"))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(nano: Path, one_rank: dict[str, object]) -> list[dict[str, object]]:
+    torch.save(one_rank["logprobs"], nano / "logprobs.pt")
+    multiprocessing.spawn(process, (nano, free_port()), nprocs=2)
+    return [torch.load(nano / f"rank-{index}.pt", weights_only=False) for index in range(2)]
+
+
+# ----------------------------------------------------------------------------------------------- what they compute
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("budget", [1, 30, 8192])
+def test_logprobs_are_those_of_the_whole_batch_at_the_temperature(nano: Path, temperature: float, budget: int) -> None:
+    rank = policy_rank(nano, temperature=temperature, micro_batch_tokens=budget)
+    found = rank.logprobs(batch())
+    expected, _ = TokenLogprobs(load_causal(str(nano), "float32").eval())(batch().token_ids, batch().response_mask, temperature)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not found[~batch().response_mask].any()
+
+
+@pytest.mark.parametrize("budget", [1, 8192])
+def test_values_have_a_column_for_the_estimate_after_the_last_token(nano: Path, budget: int) -> None:
+    values = critic_rank(nano, micro_batch_tokens=budget).values(batch())
+    model = load_scalar(str(nano), "float32", seed=0).eval()
+    assert values.shape == (len(LENGTHS), max(LENGTHS) + 1)
+    assert not values[:, 0].any()
+    for row, length in enumerate(LENGTHS):
+        alone = batch().token_ids[row : row + 1, :length]
+        assert torch.allclose(values[row, : length + 1], TokenValues(model)(alone)[0], atol=1e-5)
+        assert values[row, length] == pytest.approx(model(alone, use_cache=False).logits.item(), abs=1e-5)  # the head at the last token: the bootstrap
+
+
+def test_an_update_raises_the_logprob_of_tokens_with_a_positive_advantage_and_lowers_the_others(nano: Path) -> None:
+    rank = policy_rank(nano)
+    before = rank.logprobs(batch())
+    mask = batch().response_mask
+    sign = torch.where(torch.arange(len(LENGTHS)) % 2 == 0, 1.0, -1.0)[:, None].expand(mask.shape)
+    metrics = rank.update(experience(before, sign))
+    moved = (rank.logprobs(batch()) - before) * sign
+    assert float(moved[mask].mean()) > 0.1
+    assert metrics["train/kl"] > 0 and metrics["train/actor_grad_norm"] > 0
+    assert metrics["train/actor_lr"] == OPTIMIZER.lr
+
+
+def test_the_first_update_starts_from_a_ratio_of_one(nano: Path) -> None:
+    rank = policy_rank(nano, algorithm=AlgorithmConfig(mini_batch_size=len(LENGTHS)))
+    mask, advantages = batch().response_mask, varied()
+    metrics = rank.update(experience(rank.logprobs(batch()), advantages))
+    assert metrics["train/actor_loss"] == pytest.approx(-float(advantages[mask].mean()), abs=1e-5)
+    assert metrics["train/kl"] == pytest.approx(0, abs=1e-6)
+    assert metrics["policy/ratio_mean"] == pytest.approx(1, abs=1e-5)
+    assert metrics["policy/clip_fraction_low"] == metrics["policy/clip_fraction_high"] == 0
+
+
+def test_values_move_to_the_returns(nano: Path) -> None:
+    rank = critic_rank(nano, optimizer=OptimizerConfig(lr=1e-3))
+    mask = batch().response_mask
+    taken = replace(experience(torch.zeros(mask.shape), 0.0), returns=mask.float())
+
+    def error() -> float:
+        return float((rank.values(batch())[:, :-1] - taken.returns)[mask].square().mean() / 2)
+
+    before = error()
+    metrics = rank.update(taken)
+    assert error() < 0.9 * before
+    assert metrics["train/critic_lr"] == 1e-3 and metrics["train/critic_grad_norm"] > 0
+
+
+def test_in_the_critics_warm_up_the_policy_stays_as_it_is(nano: Path) -> None:
+    rank = policy_rank(nano, algorithm=ALGORITHM.model_copy(update={"critic_warmup_steps": 2}))
+    before = weights_of(rank)
+    logprobs = rank.logprobs(batch())
+    for step in (0, 1):
+        metrics = rank.update(experience(logprobs, 1.0, step))
+        assert set(metrics.values()) == {0.0}
+        assert difference(weights_of(rank), before) == 0
+    assert rank.update(experience(logprobs, 1.0, step=2)).keys() > metrics.keys()
+    assert difference(weights_of(rank), before) > 0
+
+
+# ------------------------------------------------------------------------------------------ however it is cut
+
+
+@pytest.mark.parametrize("changes", [{"micro_batch_tokens": 1}, {"micro_batch_tokens": 30}, {"activation_checkpointing": True}, {"zero_stage": 0}])
+def test_micro_batches_and_memory_settings_do_not_change_the_update(nano: Path, one_rank: dict[str, object], changes: dict[str, object]) -> None:
+    same_update(one_rank, course(nano, Rank(0, 1, "cpu"), **changes))
+
+
+def same_update(expected: dict[str, object], found: dict[str, object]) -> None:
+    for role in ("policy", "critic"):
+        assert found[role] == pytest.approx(expected[role], rel=1e-4, abs=1e-6)
+        assert difference(found[f"{role}_weights"], expected[f"{role}_weights"]) < 1e-5
+
+
+@pytest.mark.slow
+def test_two_ranks_update_as_one(one_rank: dict[str, object], two_ranks: list[dict[str, object]]) -> None:
+    """Losses, gradient norms and weights, though the last mini-batch leaves one of the ranks without a row."""
+    for found in two_ranks:
+        same_update(one_rank, found)
+
+
+@pytest.mark.slow
+def test_shares_of_two_ranks_joined_are_the_whole_batch(one_rank: dict[str, object], two_ranks: list[dict[str, object]]) -> None:
+    for name in ("logprobs", "values"):
+        assert torch.allclose(torch.cat([found[name] for found in two_ranks]), one_rank[name], atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ not finite
+
+
+def spoilt(logprobs: Tensor) -> Experience:
+    """One advantage is nan: every mini-batch of nine rows has it."""
+    advantages = varied()
+    advantages[0, PROMPT] = math.nan
+    return experience(logprobs, advantages)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_a_loss_that_is_not_finite_stops_and_changes_nothing(nano: Path, zero_stage: int) -> None:
+    rank = policy_rank(nano, algorithm=AlgorithmConfig(mini_batch_size=len(LENGTHS)), zero_stage=zero_stage)
+    before, logprobs = weights_of(rank), rank.logprobs(batch())
+    with pytest.raises(FloatingPointError, match="step 0, PPO epoch 0: a loss or gradient is not finite and no update was applied"):
+        rank.update(spoilt(logprobs))
+    assert difference(weights_of(rank), before) == 0
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_when_told_to_skip_it_counts_and_goes_on(nano: Path, zero_stage: int) -> None:
+    algorithm = AlgorithmConfig(mini_batch_size=len(LENGTHS), ppo_epochs=2, non_finite="skip")
+    rank = policy_rank(nano, algorithm=algorithm, zero_stage=zero_stage)
+    before, logprobs = weights_of(rank), rank.logprobs(batch())
+    metrics = rank.update(spoilt(logprobs))
+    assert metrics["policy/skipped_updates"] == 2
+    assert math.isnan(metrics["train/actor_loss"])  # there is nothing to report
+    assert difference(weights_of(rank), before) == 0
+    assert rank.update(experience(logprobs, varied()))["policy/skipped_updates"] == 0
+    assert 0 < difference(weights_of(rank), before) < math.inf
+
+
+def test_a_skipped_mini_batch_leaves_the_means_of_the_others(nano: Path) -> None:
+    algorithm = AlgorithmConfig(mini_batch_size=3, non_finite="skip")
+    rank = critic_rank(nano, algorithm=algorithm)
+    taken = experience(torch.zeros(len(LENGTHS), max(LENGTHS)), 0.0)
+    returns = taken.returns.clone()
+    returns[0, PROMPT] = math.inf
+    metrics = rank.update(replace(taken, returns=returns))
+    assert metrics["critic/skipped_updates"] == 1
+    assert math.isfinite(metrics["train/critic_loss"]) and math.isfinite(metrics["train/critic_grad_norm"])
+
+
+# ------------------------------------------------------------------------------------------------ saved, exported
+
+
+def test_a_saved_policy_goes_on_as_if_it_had_not_stopped(nano: Path, tmp_path: Path) -> None:
+    first = policy_rank(nano)
+    taken = experience(first.logprobs(batch()), varied())
+    first.update(taken)
+    first.save(tmp_path)
+    second = policy_rank(nano)
+    second.load(tmp_path)
+    assert torch.equal(second.logprobs(batch()), first.logprobs(batch()))
+    assert second.update(replace(taken, step=1)) == first.update(replace(taken, step=1))
+    assert difference(weights_of(second), weights_of(first)) == 0
+
+
+@pytest.mark.parametrize("preset", ["nano", "llama"])
+def test_an_export_after_an_update_loads_with_transformers_and_says_the_same(preset: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    rank = policy_rank(request.getfixturevalue(preset))
+    before = rank.logprobs(batch())
+    rank.update(experience(before, varied()))
+    rank.export(tmp_path)
+    loaded = TokenLogprobs(AutoModelForCausalLM.from_pretrained(tmp_path).eval())
+    logprobs, _ = loaded(batch().token_ids, batch().response_mask)
+    assert torch.allclose(logprobs, rank.logprobs(batch()), atol=1e-6)
+    assert not torch.allclose(logprobs, before, atol=1e-2)

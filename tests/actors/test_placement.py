@@ -1,0 +1,67 @@
+"""What the cluster cannot hold is refused with a table; what it holds is started where it was reserved and given back."""
+
+import time
+
+import pytest
+import ray
+
+from actors.group import RankHost
+from actors.placement import Cluster, environment, preflight, roles_of, roles_of_evaluation
+from minigpt_ray.config import FunctionReward, GeneratorPlacement, ModelReward, PlacementConfig, RolePlacement, VerifierReward
+
+MODEL = ModelReward(init_from="reward_model")
+REWARDS = {"verifier": VerifierReward(), "a": MODEL, "function": FunctionReward(function="module:function"), "b": MODEL}
+
+
+def test_every_model_has_its_role_and_functions_share_one() -> None:
+    placement = PlacementConfig(generator=GeneratorPlacement(ranks=3), reward_model=RolePlacement(cpus=2))
+    roles = roles_of(placement, REWARDS)
+    assert list(roles) == ["generator", "policy", "critic", "reference", "rewards", "reward_model_0", "reward_model_1"]
+    assert roles["generator"].ranks == 3 and roles["reward_model_1"].cpus == 2
+    assert list(roles_of_evaluation(placement, REWARDS)) == ["generator", "rewards", "reward_model_0", "reward_model_1"]
+
+
+def test_a_process_gets_as_many_threads_as_it_was_promised() -> None:
+    variables = environment(3)["env_vars"]
+    assert variables["OMP_NUM_THREADS"] == variables["MKL_NUM_THREADS"] == "3"
+
+
+@pytest.mark.ray
+def test_what_the_cluster_cannot_hold_is_refused_within_seconds_with_a_table(ray_cluster: None) -> None:
+    roles = {"policy": RolePlacement(ranks=4, cpus=50, gpus=1), "critic": RolePlacement()}
+    start = time.monotonic()
+    with pytest.raises(RuntimeError) as refusal:
+        Cluster(PlacementConfig(), roles)
+    assert time.monotonic() - start < 15
+    sentence, policy, critic = str(refusal.value).splitlines()
+    free = ray.available_resources()["CPU"]
+    assert sentence == (
+        f"the cluster cannot hold this job: 201 CPU asked and {free:g} free, 4 GPU asked and 0 free; ask for less under `placement` or add nodes"
+    )
+    assert policy.split() == ["policy", "4", "x", "50", "CPU,", "1", "GPU"]
+    assert critic.split() == ["critic", "1", "x", "1", "CPU,", "0", "GPU"]
+
+
+@pytest.mark.ray
+def test_what_fits_passes_at_once(ray_cluster: None) -> None:
+    start = time.monotonic()
+    preflight({"policy": RolePlacement(ranks=2), "critic": RolePlacement()})
+    assert time.monotonic() - start < 1
+
+
+@pytest.mark.ray
+def test_processes_run_in_their_reservation_which_is_given_back(ray_cluster: None) -> None:
+    before = ray.available_resources()["CPU"]
+    with Cluster(PlacementConfig(), {"policy": RolePlacement(ranks=2, cpus=1)}) as cluster:
+        hosts = cluster.hosts("policy", form_group=False)
+        ranks = ray.get([host.__ray_call__.remote(lambda self: self.rank) for host in hosts])
+        assert [(rank.index, rank.world) for rank in ranks] == [(0, 2), (1, 2)]
+        assert isinstance(ray.get(hosts[0].__ray_call__.remote(lambda self: self)), RankHost)
+        assert ray.available_resources()["CPU"] == before - 2
+        assert cluster.peak_flops > 1e8
+    deadline = time.monotonic() + 20
+    while ray.available_resources()["CPU"] < before and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert ray.available_resources()["CPU"] == before
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(hosts[0].address.remote())

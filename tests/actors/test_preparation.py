@@ -1,0 +1,140 @@
+"""What a PPO job refuses before any process starts, and where it goes on."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from actors.preparation import MAY_DIFFER_ON_RESUME, Preparation, refuse_differences
+from minigpt_ray.checkpoint import Checkpoints
+from minigpt_ray.cli import read_config, resolved, write_resolved
+from minigpt_ray.config import PPOConfig
+from minigpt_ray.data.rows import DataError
+
+QUESTIONS = [{"prompt": f"what is {n}?", "answer": str(n)} for n in range(6)]
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def run(nano: Path, tmp_path: Path) -> Path:
+    """A run that has been through prepare_data and SFT."""
+    shutil.copytree(nano, tmp_path / "debug" / "sft" / "model")
+    write_rows(tmp_path / "debug" / "prepare_data" / "prompts.jsonl", QUESTIONS)
+    write_rows(tmp_path / "debug" / "prepare_data" / "held_out.jsonl", QUESTIONS[:4])
+    return tmp_path / "debug"
+
+
+@pytest.fixture
+def config(run: Path) -> Callable[..., PPOConfig]:
+    """The run's configuration, given overrides of the command line."""
+    return lambda *overrides: read_config(PPOConfig, [f"output_dir={run.parent}", "evaluation.num_prompts=3", *overrides])
+
+
+def test_a_finished_stage_and_its_data_are_found(config: Callable[..., PPOConfig], run: Path) -> None:
+    ready = Preparation(config("sampling.max_tokens=10", "evaluation.sampling.max_tokens=20"))
+    assert ready.policy_path == str(run / "sft" / "model")
+    assert (len(ready.prompts), len(ready.held_out)) == (6, 3)
+    assert ready.max_model_len == max(len(p.token_ids) for p in ready.prompts.prompts) + 20
+    assert ready.start is None
+    assert list(ready.roles) == ["generator", "policy", "critic", "reference", "rewards"]
+    assert ready.shapes.policy == ready.shapes.critic == ready.shapes.reference and ready.shapes.vocab_size == 260
+
+
+def test_nothing_is_written_before_the_tracker_opens(config: Callable[..., PPOConfig], run: Path) -> None:
+    ready = Preparation(config())
+    assert not (run / "ppo").exists()
+    with ready.tracker():
+        assert (run / "ppo" / "config.yaml").is_file()
+
+
+def test_a_stage_that_has_not_run_is_named(config: Callable[..., PPOConfig], run: Path) -> None:
+    shutil.rmtree(run / "sft")
+    with pytest.raises(FileNotFoundError, match=r"init_from='sft' is neither a finished stage of this run \(.*/sft/model has no config.json\)"):
+        Preparation(config())
+
+
+def test_missing_data_is_named_with_the_way_out(config: Callable[..., PPOConfig], run: Path) -> None:
+    (run / "prepare_data" / "held_out.jsonl").unlink()
+    with pytest.raises(DataError, match=r"held_out.jsonl: no such file, .*run python -m jobs.prepare_data first"):
+        Preparation(config())
+
+
+def test_prompts_without_answers_cannot_be_verified(config: Callable[..., PPOConfig], run: Path) -> None:
+    bare, answered = run / "bare.jsonl", run / "prepare_data" / "prompts.jsonl"
+    write_rows(bare, [{"prompt": "who knows?"}])
+    files = f"data.files=[{answered}, {bare}]"
+    with pytest.raises(
+        ValueError, match=r"rewards\.verifier verifies answers, but 1 of 7 prompts carry none; give every prompt an answer or use another reward"
+    ):
+        Preparation(config(files))
+    assert len(Preparation(config(files, "rewards={any: {kind: function, function: 'math:fsum'}}")).prompts) == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rewards.mine={kind: function, function: 'math:no_such'}", r"rewards\.mine\.function=math:no_such"),
+        ("rewards.mine={kind: model, init_from: reward_model}", "init_from='reward_model' is neither a finished stage"),
+        ("policy.init_from=./nowhere", r"init_from='\./nowhere' is neither a finished stage"),
+        ("data.max_prompt_tokens=3", "all 6 prompts are longer than max_prompt_tokens=3"),
+    ],
+)
+def test_what_is_not_there_is_refused(config: Callable[..., PPOConfig], override: str, message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        Preparation(config(override))
+
+
+# --------------------------------------------------------------------------------------------------- going on
+
+
+def checkpoint(run: Path, config: PPOConfig, step: int) -> Path:
+    checkpoints = Checkpoints(run / "ppo" / "checkpoint", keep=2)
+    directory = checkpoints.begin(step)
+    write_resolved(config, directory)
+    return checkpoints.commit(step)
+
+
+def test_auto_goes_on_from_the_newest_checkpoint(config: Callable[..., PPOConfig], run: Path) -> None:
+    checkpoint(run, config(), 2)
+    newest = checkpoint(run, config(), 4)
+    assert Preparation(config("checkpoint.resume=auto")).start == newest
+
+
+@pytest.mark.parametrize("left", ["checkpoint", "model", "metrics.jsonl"])
+def test_never_writes_over_nothing_of_an_earlier_run(config: Callable[..., PPOConfig], run: Path, left: str) -> None:
+    (run / "ppo" / left).mkdir(parents=True)
+    with pytest.raises(ValueError, match=rf"ppo/{left} is there from an earlier run, .* with checkpoint.resume=auto, choose another run=, or remove .*/ppo"):
+        Preparation(config())
+    assert Preparation(config("checkpoint.resume=auto")).start is None  # nothing to go on from
+
+
+@pytest.mark.parametrize("override", ["steps=900", "logging.every=5", "checkpoint.keep=7", "generator.restart_limit=9", "placement.generator.ranks=2"])
+def test_a_resumed_run_may_change_what_does_not_make_it_another(config: Callable[..., PPOConfig], run: Path, override: str) -> None:
+    start = checkpoint(run, config(), 2)
+    assert override.partition("=")[0].split(".")[0] in MAY_DIFFER_ON_RESUME
+    assert Preparation(config("checkpoint.resume=auto", override)).start == start
+
+
+def test_a_resumed_run_that_would_be_another_is_refused_with_every_field(config: Callable[..., PPOConfig], run: Path) -> None:
+    start = checkpoint(run, config(), 2)
+    with pytest.raises(ValueError) as refusal:
+        Preparation(config("checkpoint.resume=auto", "seed=7", "policy.optimizer.lr=1e-3", "steps=900"))
+    assert str(refusal.value) == (
+        f"cannot resume from {start}, the configuration has changed (policy.optimizer.lr: 1e-06 -> 0.001, seed: 0 -> 7); undo that, or choose another run="
+    )
+    assert start.is_dir()
+
+
+def test_fields_that_came_or_went_are_differences(config: Callable[..., PPOConfig]) -> None:
+    before = resolved(config())
+    after = resolved(config("rewards.more={kind: function, function: 'math:fsum'}"))
+    refuse_differences(before, before, Path("there"))
+    for old, new, change in ((before, after, "None -> function"), (after, before, "function -> None")):
+        with pytest.raises(ValueError, match=rf"rewards\.more\.kind: {change}"):
+            refuse_differences(old, new, Path("there"))

@@ -1,0 +1,172 @@
+"""Rewards of whole responses: by rule, by a function, by a model; weighted, and failed where a source gave none."""
+
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from actors.group import Rank
+from actors.placement import Cluster, roles_of
+from actors.reward_model import RewardModelRank
+from actors.rewards import RewardFunctions, Rewards
+from minigpt_ray.config import FunctionReward, ModelReward, PlacementConfig, VerifierReward
+from minigpt_ray.models import export, load_scalar
+from minigpt_ray.rl.experience import Prompt, RewardScores, Rollout, RolloutBatch
+from minigpt_ray.tokenizer import load_tokenizer, train_tokenizer
+
+RANK = Rank(0, 1, "cpu")
+SPELLING = {"question": "Spell this word backward (example: sun -> nus): cat", "answer": "tac", "metadata": {"source_dataset": "spell_backward"}}
+
+
+def rollout(text: str, answer: dict | None, serial: int = 0, tokens: tuple[int, ...] = (5, 6), valid: bool = True) -> Rollout:
+    prompt = Prompt(serial, ({"role": "user", "content": "?"},), np.array([1, 2, 3], np.int32), "source", answer)
+    size = len(tokens)
+    zeros = np.zeros(size, np.float32)
+    return Rollout(prompt, 0, np.array(tokens, np.int32), np.ones(size, bool), zeros, zeros.astype(np.int32), text, "stop", valid)
+
+
+ROLLOUTS = [rollout("tac", SPELLING), rollout("tap", SPELLING), rollout("", SPELLING), rollout(" 7 ", {"answer": "7"}), rollout("7", None)]
+
+FUNCTIONS = """
+def lengths(rollouts):
+    return [len(r.text) for r in rollouts]
+
+def too_few(rollouts):
+    return [0.0] * (len(rollouts) - 1)
+
+def blind(rollouts):
+    return [1.0 if r.text else float("nan") for r in rollouts]
+"""
+
+
+@pytest.fixture
+def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A user's module; its name."""
+    (tmp_path / "my_rewards.py").write_text(FUNCTIONS)
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("my_rewards", None)
+    return "my_rewards"
+
+
+def scores(name: str, source: VerifierReward | FunctionReward) -> list[float]:
+    return RewardFunctions(RANK, {name: source}).score(ROLLOUTS)[name]
+
+
+def test_the_verifier_gives_partial_credit_and_nothing_where_there_is_no_answer() -> None:
+    right, almost, empty, exact, unknown = scores("verifier", VerifierReward())
+    assert right == exact == 1.0
+    assert 0 < almost < 1 and empty == 0.0
+    assert math.isnan(unknown)
+
+
+def test_exact_only_counts_full_scores() -> None:
+    found = scores("verifier", VerifierReward(exact_only=True))
+    assert found[:4] == [1.0, 0.0, 0.0, 1.0] and math.isnan(found[4])
+
+
+def test_verify_is_the_rule_whatever_the_reward_is(functions: str) -> None:
+    source = FunctionReward(function=f"{functions}:lengths")
+    ranks = RewardFunctions(RANK, {"lengths": source})
+    np.testing.assert_equal(ranks.verify(ROLLOUTS), scores("verifier", VerifierReward()))
+
+
+def test_a_function_of_the_user_is_called_with_the_rollouts(functions: str) -> None:
+    assert scores("lengths", FunctionReward(function=f"{functions}:lengths")) == [3.0, 3.0, 0.0, 3.0, 1.0]
+
+
+def test_a_function_that_gives_too_few_scores_is_refused(functions: str) -> None:
+    with pytest.raises(ValueError, match=r"rewards\.mine: the function gave 4 scores for 5 rollouts; it must give one for each, in order"):
+        scores("mine", FunctionReward(function=f"{functions}:too_few"))
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"), [("my_rewards:missing", "has no attribute 'missing'"), ("no_such_module:f", "No module named 'no_such_module'")]
+)
+def test_an_unknown_function_is_refused_by_name(functions: str, function: str, reason: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"rewards\.mine\.function={function}: .*{reason}.*; name it as module:function, importable from where the job starts"
+    ):
+        RewardFunctions(RANK, {"mine": FunctionReward(function=function)})
+
+
+# ------------------------------------------------------------------------------------------------- reward models
+
+
+@pytest.fixture(scope="module")
+def reward_model(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sequence-classification checkpoint with the policy's vocabulary."""
+    path = tmp_path_factory.mktemp("reward_model")
+    export(load_scalar(str(nano), "float32", seed=5), load_tokenizer(nano), path)
+    return path
+
+
+RESPONSES = [rollout("", None, tokens=tokens) for tokens in [(9,), (4, 5, 6, 7, 8), (50, 60, 70), (1, 2)]]
+
+
+@pytest.mark.parametrize("budget", [1, 9, 16384])
+def test_a_reward_model_scores_the_last_token(nano: Path, reward_model: Path, budget: int) -> None:
+    rank = RewardModelRank(RANK, "rewards.model", str(reward_model), str(nano), ModelReward(init_from="x", micro_batch_tokens=budget))
+    model = AutoModelForSequenceClassification.from_pretrained(reward_model).eval()
+    with torch.no_grad():
+        expected = [model(torch.tensor([[1, 2, 3, *r.token_ids.tolist()]])).logits.item() for r in RESPONSES]
+    assert len({round(score, 4) for score in expected}) == 4
+    assert rank.scores(RolloutBatch.of(RESPONSES)).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_two_replicas_score_their_shares(nano: Path, reward_model: Path) -> None:
+    def scored(rank: Rank) -> torch.Tensor:
+        return RewardModelRank(rank, "rewards.model", str(reward_model), str(nano), ModelReward(init_from="x")).scores(RolloutBatch.of(RESPONSES[:3]))
+
+    assert torch.allclose(torch.cat([scored(Rank(0, 2, "cpu")), scored(Rank(1, 2, "cpu"))]), scored(RANK), atol=1e-6)
+
+
+def test_a_reward_model_with_another_vocabulary_is_refused(nano: Path, reward_model: Path, tmp_path: Path) -> None:
+    export(load_scalar(str(nano), "float32", seed=5), train_tokenizer(["hello hello"] * 9, 262), tmp_path)
+    with pytest.raises(ValueError, match=r"rewards\.model: the reward model .* has another vocabulary than the policy"):
+        RewardModelRank(RANK, "rewards.model", str(tmp_path), str(nano), ModelReward(init_from="x"))
+
+
+# -------------------------------------------------------------------------------------- all sources, weighted
+
+
+@pytest.fixture(scope="module")
+def scored(ray_cluster: None, nano: Path, reward_model: Path, tmp_path_factory: pytest.TempPathFactory) -> RewardScores:
+    """SCORED by a verifier, two functions of a user and a reward model, each in processes of their own."""
+    directory = tmp_path_factory.mktemp("user")
+    (directory / "rewards_of_a_user.py").write_text(FUNCTIONS)
+    sources = {
+        "verifier": VerifierReward(weight=2.0),
+        "lengths": FunctionReward(function="rewards_of_a_user:lengths", weight=-0.5),
+        "blind": FunctionReward(function="rewards_of_a_user:blind"),
+        "model": ModelReward(init_from=str(reward_model), weight=3.0),
+    }
+    roles = {name: role for name, role in roles_of(PlacementConfig(), sources).items() if name.startswith("reward")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(directory))
+        with Cluster(PlacementConfig(), roles) as cluster:
+            rewards = Rewards(cluster, sources, directory, str(nano))
+            return rewards.score(SCORED, RolloutBatch.of(SCORED)).result()
+
+
+SCORED = [*ROLLOUTS[:4], replace(ROLLOUTS[0], valid=False), ROLLOUTS[4]]
+
+
+@pytest.mark.ray
+def test_the_reward_is_the_weighted_sum_of_all_sources(scored: RewardScores) -> None:
+    verifier, lengths, blind, model = scored.by_source.values()
+    assert list(scored.by_source) == ["verifier", "lengths", "blind", "model"]
+    assert lengths[:4].tolist() == [3, 3, 0, 3] and verifier[0] == 1
+    expected = 2 * verifier - 0.5 * lengths + blind + 3 * model
+    assert torch.allclose(scored.total[~scored.failed], expected[~scored.failed])
+
+
+@pytest.mark.ray
+def test_a_rollout_fails_where_a_source_has_no_score_or_the_sample_was_dropped(scored: RewardScores) -> None:
+    """The blind function sees nothing in the empty text, the last prompt has no answer to verify."""
+    assert scored.failed.tolist() == [False, False, True, False, True, True]
+    assert not scored.total[scored.failed].any()
