@@ -138,7 +138,7 @@ def gather(*pending: Pending[Any]) -> tuple[Any, ...]:
 
 @dataclass
 class Usage:
-    """What a role's ranks have done since it was last asked."""
+    """What a role's ranks have done since the counting began."""
 
     busy_seconds: float = 0.0
     """Of the busiest rank, summed over calls."""
@@ -188,7 +188,11 @@ class Group(Generic[R]):
         for host in self.hosts:
             ray.kill(host)
 
+    def reset_usage(self) -> None:
+        """Begin to count: what was done before, an evaluation for example, belongs to no step."""
+        self.usage = Usage()
+
     def usage_metrics(self, seconds: float) -> dict[str, float]:
-        """Idle share (0 to 1) over the last `seconds`, which were counted since the last call, and resident memory in GiB."""
-        usage, self.usage = self.usage, Usage()
+        """Idle share (0 to 1) over the last `seconds`, in which the counting began, and resident memory in GiB."""
+        usage = self.usage
         return {f"time/idle_share/{self.role}": max(0.0, 1 - usage.busy_seconds / seconds), f"memory/{self.role}_gib": usage.memory_bytes / 2**30}

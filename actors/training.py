@@ -32,6 +32,8 @@ class Training:
     def steps(self) -> Iterator[TrainingState]:
         """The state before each step that is left."""
         while self.state.step < self.config.steps:
+            for role in self.roles:
+                role.reset_usage()
             yield self.state
 
     def metrics(self, state: TrainingState, batch: RolloutBatch, timer: Timer) -> dict[str, float]:
