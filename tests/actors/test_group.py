@@ -108,11 +108,13 @@ def test_ranks_work_side_by_side_and_gather_waits_for_all(adders: Group[Adder]) 
 
 @pytest.mark.ray
 def test_idle_share_is_the_time_that_the_busiest_rank_did_not_work(adders: Group[Adder]) -> None:
-    adders.usage_metrics(1.0)
+    adders.call(Adder.slow).result()  # between steps: does not count
+    adders.reset_usage()
     adders.call(Adder.slow).result()
     metrics = adders.usage_metrics(1.0)
     assert metrics["time/idle_share/adder"] == pytest.approx(0.5, abs=0.1)
     assert 0.1 < metrics["memory/adder_gib"] < 8  # two processes with torch
+    adders.reset_usage()
     assert adders.usage_metrics(1.0)["time/idle_share/adder"] == 1.0
 
 

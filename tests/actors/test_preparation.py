@@ -107,7 +107,7 @@ def test_auto_goes_on_from_the_newest_checkpoint(config: Callable[..., PPOConfig
 
 
 @pytest.mark.parametrize("left", ["checkpoint", "model", "metrics.jsonl"])
-def test_never_writes_over_nothing_of_an_earlier_run(config: Callable[..., PPOConfig], run: Path, left: str) -> None:
+def test_never_does_not_write_over_an_earlier_run(config: Callable[..., PPOConfig], run: Path, left: str) -> None:
     (run / "ppo" / left).mkdir(parents=True)
     with pytest.raises(ValueError, match=rf"ppo/{left} is there from an earlier run, .* with checkpoint.resume=auto, choose another run=, or remove .*/ppo"):
         Preparation(config())
