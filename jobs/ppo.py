@@ -31,7 +31,7 @@ def train(config: PPOConfig) -> None:
 
     with one_sentence():  # bad input is refused before any process starts
         ready = Preparation(config)
-    with ready.tracker() as tracker, Cluster(config.placement, ready.roles) as cluster:
+    with Cluster(config.placement, ready.roles) as cluster, ready.tracker() as tracker:
         peak_flops = cluster.peak_flops
         tensor_parallel, tolerance = config.placement.generator.tensor_parallel, config.weights.probe_tolerance
         generator = Generator(cluster, ready.policy_path, config.generator, ready.max_model_len, tensor_parallel, config.seed, tolerance)
