@@ -57,8 +57,12 @@ def load_causal(path: str, dtype: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
 
 
-def load_scalar(path: str, dtype: str, seed: int) -> PreTrainedModel:
-    """Trunk and scalar head. A checkpoint without such a head gets a fresh one, N(0, 1 / (hidden + 1)) (arXiv:2009.01325)."""
+def load_scalar(path: str, dtype: str, seed: int | None) -> PreTrainedModel:
+    """Trunk and scalar head. A checkpoint without such a head gets a fresh one.
+
+    Drawn by `seed` from N(0, 1 / (hidden + 1)) (arXiv:2009.01325), or, without a seed, zero: a critic then begins by
+    expecting nothing, where a random head would add noise of about 1 to every value.
+    """
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # from_pretrained would report the fresh head as a problem
     model, report = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=DTYPES[dtype], output_loading_info=True)
@@ -67,8 +71,9 @@ def load_scalar(path: str, dtype: str, seed: int) -> PreTrainedModel:
     if missing - {"score.weight"}:
         raise ValueError(f"{path} lacks weights of the trunk: {', '.join(sorted(missing)[:5])}; is it a model of another architecture?")
     if missing:
-        generator = torch.Generator().manual_seed(seed)
-        head = torch.randn(model.score.weight.shape, generator=generator) * (model.config.hidden_size + 1) ** -0.5
+        head = torch.zeros_like(model.score.weight)
+        if seed is not None:
+            head.normal_(0, (model.config.hidden_size + 1) ** -0.5, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
             model.score.weight.copy_(head)
     return model

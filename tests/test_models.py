@@ -72,6 +72,7 @@ def test_a_scalar_head_on_a_language_model_keeps_the_trunk_and_is_seeded(model: 
     ids, _ = rows(8)
     values = TokenValues(critic)(ids)
     assert values.shape == (1, 9) and torch.equal(values, TokenValues(again)(ids)) and not torch.equal(values, TokenValues(other)(ids))
+    assert not TokenValues(load_scalar(str(tmp_path), "float32", seed=None))(ids).any()
 
 
 def test_a_reward_model_keeps_its_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
