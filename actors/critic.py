@@ -23,7 +23,7 @@ class CriticRank:
     def __init__(self, rank: Rank, path: str, config: CriticConfig, algorithm: AlgorithmConfig, total_updates: int, seed: int) -> None:
         torch.manual_seed(seed + rank.index)
         self.rank, self.config, self.algorithm, self.seed = rank, config, algorithm, seed
-        self.model = load_scalar(path, "float32", seed)
+        self.model = load_scalar(path, "float32", seed=None)
         if config.activation_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.engine = Engine(TokenValues(self.model), config, config.optimizer, total_updates)
