@@ -20,9 +20,11 @@ ROOTS: dict[str, type[JobConfig]] = {
 
 
 def root_of(path: Path) -> type[JobConfig]:
-    """The root of the job that the file is named after: ppo.yaml, ppo_long.yaml."""
-    jobs = [job for job in ROOTS if path.stem == job or path.stem.startswith((f"{job}_", f"{job}-"))]
-    assert len(jobs) == 1, f"{path}: name it after its job, one of {', '.join(sorted(ROOTS))}"
+    """The root of the job that the file is named after (ppo.yaml, ppo_long.yaml), or that a command in its comments gives it to."""
+    named = [job for job in ROOTS if path.stem == job or path.stem.startswith((f"{job}_", f"{job}-"))]
+    used = re.findall(rf"python -m jobs\.(\w+) .*{re.escape(path.relative_to(ROOT).as_posix())}", path.read_text(encoding="utf-8"))
+    jobs = named or used
+    assert jobs, f"{path}: name it after its job ({', '.join(sorted(ROOTS))}), or give in a comment the command that uses it"
     return ROOTS[jobs[0]]
 
 
