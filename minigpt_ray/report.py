@@ -95,13 +95,13 @@ PANELS = (
 def write_report(run_dir: Path) -> Path:
     """Write `run_dir`/report.html and return its path.
 
-    Raises FileNotFoundError when no stage of the run has a metrics.jsonl with a row in it.
+    Raises FileNotFoundError when no stage of the run has a metrics.jsonl with a row in it, and no model was evaluated.
     """
     stages = {name: rows for name in _stages(run_dir) if (rows := read_metrics(run_dir / name / "metrics.jsonl"))}
-    if not stages:
-        raise FileNotFoundError(f"{run_dir}: no <stage>/metrics.jsonl with a row in it; give the directory of a run, as in outputs/debug")
     results = run_dir / "evaluate" / "results.json"
     measured = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+    if not stages and not measured:
+        raise FileNotFoundError(f"{run_dir}: no <stage>/metrics.jsonl with a row in it; give the directory of a run, as in outputs/debug")
     chapters = [_chapter(name, rows, run_dir / name) for name, rows in stages.items()]
     body = "\n".join([_headline(stages, measured), *chapters])
     page = PAGE.replace("{title}", html.escape(f"MiniGPT-Ray: {run_dir.resolve().name}")).replace("{style}", STYLE).replace("{body}", body)
