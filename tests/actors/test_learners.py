@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,8 +19,9 @@ from actors.critic import CriticRank
 from actors.group import Rank, RankHost
 from actors.policy import PolicyRank
 from minigpt_ray.config import AlgorithmConfig, CriticConfig, OptimizerConfig, PolicyConfig
-from minigpt_ray.models import TokenLogprobs, TokenValues, load_causal, load_scalar
+from minigpt_ray.models import TokenLogprobs, TokenValues, export, load_causal, load_scalar
 from minigpt_ray.rl.experience import Experience, RolloutBatch
+from minigpt_ray.tokenizer import load_tokenizer
 
 LENGTHS = (9, 14, 6, 11, 14, 8, 7, 12, 10)
 PROMPT = 4
@@ -77,7 +79,7 @@ def policy_rank(path: Path, rank: Rank = Rank(0, 1, "cpu"), algorithm: Algorithm
 
 
 def critic_rank(path: Path, rank: Rank = Rank(0, 1, "cpu"), algorithm: AlgorithmConfig = ALGORITHM, **changes: object) -> CriticRank:
-    return CriticRank(rank, str(path), CriticConfig(**{"optimizer": OPTIMIZER, **changes}), algorithm, 100, 0)
+    return CriticRank(rank, str(path / "critic"), CriticConfig(**{"optimizer": OPTIMIZER, **changes}), algorithm, 100, 0)
 
 
 def weights_of(rank: PolicyRank | CriticRank) -> dict[str, Tensor]:
@@ -131,6 +133,15 @@ def alone() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
+def nano(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The policy, and below it a critic whose head is not zero any more, so that all of its weights learn."""
+    directory = tmp_path_factory.mktemp("learners")
+    shutil.copytree(nano, directory, dirs_exist_ok=True)
+    export(load_scalar(str(nano), "float32", seed=0), load_tokenizer(nano), directory / "critic")
+    return directory
+
+
+@pytest.fixture(scope="module")
 def one_rank(nano: Path) -> dict[str, object]:
     return course(nano, Rank(0, 1, "cpu"))
 
@@ -158,13 +169,20 @@ def test_logprobs_are_those_of_the_whole_batch_at_the_temperature(nano: Path, te
 @pytest.mark.parametrize("budget", [1, 8192])
 def test_values_have_a_column_for_the_estimate_after_the_last_token(nano: Path, budget: int) -> None:
     values = critic_rank(nano, micro_batch_tokens=budget).values(batch())
-    model = load_scalar(str(nano), "float32", seed=0).eval()
+    model = load_scalar(str(nano / "critic"), "float32", seed=None).eval()
     assert values.shape == (len(LENGTHS), max(LENGTHS) + 1)
     assert not values[:, 0].any()
     for row, length in enumerate(LENGTHS):
         alone = batch().token_ids[row : row + 1, :length]
         assert torch.allclose(values[row, : length + 1], TokenValues(model)(alone)[0], atol=1e-5)
         assert values[row, length] == pytest.approx(model(alone, use_cache=False).logits.item(), abs=1e-5)  # the head at the last token: the bootstrap
+
+
+def test_a_critic_that_begins_as_the_policys_trunk_expects_nothing(nano: Path) -> None:
+    rank = CriticRank(Rank(0, 1, "cpu"), str(nano), CriticConfig(optimizer=OPTIMIZER), ALGORITHM, 100, 0)
+    assert not rank.values(batch()).any()
+    rank.update(experience(torch.zeros(len(LENGTHS), max(LENGTHS)), 0.0))
+    assert rank.values(batch()).any()
 
 
 def test_an_update_raises_the_logprob_of_tokens_with_a_positive_advantage_and_lowers_the_others(nano: Path) -> None:

@@ -1,0 +1,76 @@
+"""`python -m jobs.evaluate` as a user runs it: two models, one after the other, on the same held-out prompts."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs.prepare_data import main as prepare_data
+from minigpt_ray.models import build_causal, export
+from minigpt_ray.tokenizer import load_tokenizer
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+def evaluate(*overrides: str, timeout: float = 500) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jobs.evaluate", "configs/debug/evaluate.yaml", *overrides]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"COLUMNS": "120"}
+    return subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two models of random weights and no metrics of any stage, as when both came from elsewhere."""
+    directory = tmp_path_factory.mktemp("home")
+    assert prepare_data([str(CHECKOUT / "configs/debug/prepare_data.yaml"), f"output_dir={directory}"]) == 0
+    run = directory / "debug"
+    tokenizer = load_tokenizer(run / "prepare_data" / "tokenizer")
+    for name, seed in (("sft", 0), ("ppo", 1)):
+        export(build_causal("nano", tokenizer, seed=seed), tokenizer, run / name / "model")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def finished(home: Path) -> subprocess.CompletedProcess[str]:
+    done = evaluate(f"output_dir={home}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.mark.slow
+def test_both_models_have_all_figures(home: Path, finished: subprocess.CompletedProcess[str]) -> None:
+    results = json.loads((home / "debug" / "evaluate" / "results.json").read_text())
+    assert list(results) == ["sft", "ppo"]
+    for figures in results.values():
+        assert set(figures) == {f"eval/{p}{n}" for p in ("", "sampled_") for n in ("accuracy", "mean_reward", "avg_response_len", "truncated_fraction")}
+        assert all(math.isfinite(value) for value in figures.values())
+        assert all(0 <= value <= 1 for name, value in figures.items() if "len" not in name)
+        assert 1 <= figures["eval/avg_response_len"] <= 16
+    assert results["sft"] != results["ppo"]
+
+
+@pytest.mark.slow
+def test_a_table_and_a_report_are_left(home: Path, finished: subprocess.CompletedProcess[str]) -> None:
+    assert "20 held-out prompts" in finished.stdout
+    rows = [line for line in finished.stdout.splitlines() if line.count("%") == 2]
+    assert ["sft" in rows[0], "ppo" in rows[1], len(rows)] == [True, True, 2]
+    assert str(home / "debug" / "report.html") in finished.stdout and (home / "debug" / "report.html").is_file()
+    config = yaml.safe_load((home / "debug" / "evaluate" / "config.yaml").read_text())
+    assert config["models"] == ["sft", "ppo"] and config["sampling"]["temperature"] == 0
+
+
+def test_a_model_that_is_not_there_is_one_sentence(home: Path) -> None:
+    done = evaluate(f"output_dir={home}", "models=[sft,dpo]")
+    assert done.returncode == 2
+    assert "init_from='dpo' is neither a finished stage of this run" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_and_a_mistake() -> None:
+    assert "python -m jobs.evaluate" in evaluate("--help").stdout
+    done = evaluate("modelz=[sft]")
+    assert done.returncode == 2 and "modelz: unknown field, did you mean models?" in done.stderr

@@ -1,0 +1,323 @@
+"""`python -m jobs.ppo` as a user runs it: one debug run, one that is killed and goes on, and what is refused.
+
+Both runs start from a model with random weights, which is made in no time; tests/jobs/test_sft.py trains a real one.
+"""
+
+import json
+import math
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from jobs.prepare_data import main as prepare_data
+from minigpt_ray.checkpoint import Checkpoints, find_fault
+from minigpt_ray.models import build_causal, export
+from minigpt_ray.tokenizer import encode_prompt, load_tokenizer
+from minigpt_ray.tracking import read_metrics, read_samples
+from tests.test_metrics_doc import FIXED, documented
+
+CHECKOUT = Path(__file__).parents[2]
+GOLDEN = CHECKOUT / "tests" / "golden" / "ppo_debug.jsonl"
+CURVES = ("train/reward", "train/actor_loss", "train/critic_loss", "train/kl")
+
+REWARD = '''
+def lower_case(rollouts):
+    """Share of lower-case letters, a reward that a random model gets some of."""
+    return [sum("a" <= c <= "z" for c in r.text) / 16 for r in rollouts]
+'''
+
+LINE = re.compile(
+    r"Epoch:\[1/1\]\((\d)/(\d)\) actor_loss:-?\d+\.\d{4} critic_loss:\d+\.\d{4} reward:-?\d+\.\d{4} kl:-?\d+\.\d{4} grad_norm_actor:\d+\.\d{4} "
+    r"tokens/s:\d+ MFU:\d+\.\d{2}% epoch_Time:\d+min"
+)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output directory with two runs that have been through prepare_data and SFT, and a user's reward function."""
+    directory = tmp_path_factory.mktemp("home")
+    for run in ("whole", "killed"):
+        assert prepare_data([str(CHECKOUT / "configs/debug/prepare_data.yaml"), f"output_dir={directory}", f"run={run}"]) == 0
+        tokenizer = load_tokenizer(directory / run / "prepare_data" / "tokenizer")
+        export(build_causal("nano", tokenizer, seed=0), tokenizer, directory / run / "sft" / "model")
+    (directory / "a_users_rewards.py").write_text(REWARD)
+    return directory
+
+
+def command(home: Path, *overrides: str) -> list[str]:
+    reward = ["rewards.letters.kind=function", "rewards.letters.function=a_users_rewards:lower_case"]
+    return [sys.executable, "-m", "jobs.ppo", "configs/debug/ppo.yaml", f"output_dir={home}", *reward, *overrides]
+
+
+def environment(home: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(home), "COLUMNS": "80"}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run left behind."""
+
+    directory: Path
+    output: str
+
+    @property
+    def rows(self) -> list[dict[str, float]]:
+        return [row for row in read_metrics(self.directory / "metrics.jsonl") if "train/epoch" in row]
+
+
+def ppo(home: Path, run: str, *overrides: str) -> Finished:
+    """Run to the end."""
+    done = subprocess.run(command(home, f"run={run}", *overrides), cwd=CHECKOUT, env=environment(home), capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Finished(home / run / "ppo", done.stdout)
+
+
+@pytest.fixture(scope="module")
+def whole(home: Path) -> Finished:
+    """Four steps in one go."""
+    return ppo(home, "whole", "logging.wandb=offline")
+
+
+@pytest.fixture(scope="module")
+def resumed(home: Path) -> Finished:
+    """Killed in step 4, of which the last checkpoint knows two; then resumed, with a step more."""
+    metrics = home / "killed" / "ppo" / "metrics.jsonl"
+    process = subprocess.Popen(command(home, "run=killed"), cwd=CHECKOUT, env=environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(process, lambda: metrics.exists() and '"step": 3' in metrics.read_text())
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    return ppo(home, "killed", "checkpoint.resume=auto", "steps=5")
+
+
+def wait_for(process: subprocess.Popen, happened) -> None:
+    deadline = time.monotonic() + 400
+    while not happened():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+# ---------------------------------------------------------------------------------------------------- a whole run
+
+
+@pytest.mark.slow
+def test_every_step_has_every_fixed_metric_with_a_finite_value(whole: Finished) -> None:
+    assert [row["step"] for row in whole.rows] == [row["train/global_step"] for row in whole.rows] == [1, 2, 3, 4]
+    for row in whole.rows:
+        assert not [name for name in FIXED if not math.isfinite(row[name])]
+        assert not [name for name in row if name != "step" and not documented(name)]
+
+
+@pytest.mark.slow
+def test_the_generators_logprobs_are_the_policys_in_every_step(whole: Finished) -> None:
+    for row in whole.rows:
+        assert row["generator/logprob_gap_max"] < 1e-3
+        assert row["weights/probe_gap"] < 1e-3
+        assert row["staleness/max"] == 0 and row["weights/version"] == row["step"]
+
+
+@pytest.mark.slow
+def test_counters_and_rates_fit_together(whole: Finished) -> None:
+    generated = 0.0
+    for row in whole.rows:
+        generated += row["train/avg_response_len"] * 16
+        assert row["train/num_tokens_generated"] == pytest.approx(generated)
+        assert row["train/samples_per_second"] == pytest.approx(16 * row["train/steps_per_second"])
+        phases = sum(row[f"time/{phase}_s"] for phase in ("rollout", "score", "advantage", "learn", "publish"))
+        assert row["time/step_s"] == pytest.approx(phases)
+        assert all(0 <= row[f"time/idle_share/{role}"] <= 1 for role in ("generator", "policy", "critic", "reference", "rewards"))
+        assert row["time/idle_share/generator"] > 0.05  # the learners have their time too, and evaluations do not count
+        assert row["train/actor_lr"] == pytest.approx(3e-4) and row["train/critic_lr"] == pytest.approx(1e-3)
+    assert whole.rows[-1]["train/eta_minutes"] == 0
+
+
+@pytest.mark.slow
+def test_the_model_is_evaluated_before_during_and_after(whole: Finished) -> None:
+    evaluations = [row for row in read_metrics(whole.directory / "metrics.jsonl") if "eval/accuracy" in row]
+    assert [row["step"] for row in evaluations] == [0, 2, 4]
+    assert all(0 <= row[f"eval/{name}"] <= 1 for row in evaluations for name in ("accuracy", "sampled_accuracy", "truncated_fraction"))
+
+
+@pytest.mark.slow
+def test_the_console_has_one_line_a_step_in_the_known_form(whole: Finished) -> None:
+    lines = [line for line in whole.output.splitlines() if line.startswith("Epoch:")]
+    matches = [LINE.fullmatch(line) for line in lines]
+    assert [match.groups() for match in matches if match] == [("1", "4"), ("2", "4"), ("3", "4"), ("4", "4")]
+    assert len(lines) == 4
+
+
+@pytest.mark.slow
+def test_wandb_has_the_fixed_names(whole: Finished) -> None:
+    (file,) = whole.directory.glob("wandb/offline-run-*/*.wandb")
+    content = file.read_bytes()
+    assert not [name for name in FIXED if name.encode() not in content]
+
+
+@pytest.mark.slow
+def test_samples_show_what_was_asked_answered_and_given(whole: Finished) -> None:
+    samples = read_samples(whole.directory / "samples.jsonl")
+    trained = [row for row in samples if row["kind"] == "train"]
+    assert [row["step"] for row in trained] == [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
+    assert len([row for row in samples if row["kind"] == "eval"]) == 3 * 20
+    for row in trained:
+        assert row["prompt"].startswith("Spell this word backward") and row["source"] == "spell_backward"
+        assert 1 <= row["tokens"] <= 16 and row["finish_reason"] == ("length" if row["tokens"] == 16 else "stop")
+        letters = sum("a" <= c <= "z" for c in row["response"]) / 16
+        assert 0 <= row["reward"] - letters <= 1 + 1e-6
+
+
+@pytest.mark.slow
+def test_checkpoints_are_whole_and_as_many_as_asked(whole: Finished) -> None:
+    checkpoints = Checkpoints(whole.directory / "checkpoint", keep=2)
+    assert checkpoints.steps() == [2, 4]
+    for path in (whole.directory / "checkpoint").iterdir():
+        assert find_fault(path) is None
+    latest = checkpoints.latest()
+    assert latest is not None
+    state = checkpoints.load_state(latest)
+    assert (state["step"], state["prompts_drawn"], state["num_tokens_generated"]) == (4, 32, whole.rows[-1]["train/num_tokens_generated"])
+
+
+@pytest.mark.slow
+def test_the_model_loads_as_it_is_and_is_not_the_one_it_began_with(whole: Finished) -> None:
+    model, before = (AutoModelForCausalLM.from_pretrained(path / "model") for path in (whole.directory, whole.directory.parent / "sft"))
+    tokenizer = load_tokenizer(whole.directory / "model")
+    ids = torch.from_numpy(encode_prompt(tokenizer, [{"role": "user", "content": "hello"}])).long()[None]
+    with torch.no_grad():
+        difference = (model(ids).logits - before(ids).logits).abs().max()
+    assert 1e-3 < float(difference) < 10
+    assert load_tokenizer(whole.directory.parent / "sft" / "model").get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.slow
+def test_the_configuration_is_kept_with_every_default(whole: Finished) -> None:
+    config = yaml.safe_load((whole.directory / "config.yaml").read_text())
+    assert (config["steps"], config["algorithm"]["clip"], config["rewards"]["letters"]["weight"]) == (4, 0.2, 1.0)
+
+
+@pytest.mark.slow
+def test_the_golden_curve(whole: Finished) -> None:
+    """A refactor leaves these numbers as they are. After a change that is meant to move them, write them anew:
+
+    RENEW_GOLDEN=1 .venv/bin/pytest tests/jobs/test_ppo.py -k golden
+
+    and say in the commit why they moved. Tokens are drawn by vLLM in float32: another kind of CPU may round differently
+    and, seldom, draw another token; then compare with the commit before on the same machine.
+    """
+    found = [{"step": row["step"], **{name: row[name] for name in CURVES}} for row in whole.rows]
+    if "RENEW_GOLDEN" in os.environ:
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text("".join(json.dumps(row) + "\n" for row in found))
+    golden = [json.loads(line) for line in GOLDEN.read_text().splitlines()]
+    assert len(found) == len(golden)
+    for row, expected in zip(found, golden, strict=True):
+        assert row == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+# --------------------------------------------------------------------------------------------- killed and resumed
+
+
+def numbers(row: dict[str, float]) -> dict[str, float]:
+    """A row without what the clock, the machine or the length of the run decides."""
+    passing = ("time/", "memory/", "system/", "weights/receive_s", "train/eta", "train/mfu")
+    return {name: value for name, value in row.items() if not name.startswith(passing) and "per_second" not in name}
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_where_its_checkpoint_was_with_the_numbers_of_one_that_was_not(whole: Finished, resumed: Finished) -> None:
+    assert "PPO goes on after step 2" in resumed.output
+    assert [row["step"] for row in resumed.rows] == [1, 2, 3, 4, 5]
+    for mine, theirs in zip(resumed.rows, whole.rows, strict=False):
+        assert numbers(mine) == numbers(theirs)
+    evaluations = [[row for row in read_metrics(run.directory / "metrics.jsonl") if "eval/accuracy" in row] for run in (whole, resumed)]
+    assert evaluations[1][:3] == evaluations[0]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_keeps_cursor_counters_and_retention(whole: Finished, resumed: Finished) -> None:
+    checkpoints = Checkpoints(resumed.directory / "checkpoint", keep=2)
+    assert checkpoints.steps() == [4, 5]
+    latest = checkpoints.latest()
+    assert latest is not None
+    state = checkpoints.load_state(latest)
+    assert (state["step"], state["prompts_drawn"]) == (5, 40)
+    samples = [[row for row in read_samples(run.directory / "samples.jsonl") if row["step"] <= 4] for run in (whole, resumed)]
+    assert samples[0] == samples[1]
+
+
+# -------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_a_mistake_in_the_configuration_ends_with_2_before_torch_is_imported() -> None:
+    program = (
+        "import runpy, sys\n"
+        "sys.argv = ['ppo', 'configs/debug/ppo.yaml', 'prompts_per_step=7']\n"
+        "try:\n    runpy.run_module('jobs.ppo', run_name='__main__')\n"
+        "finally:\n    assert not {'torch', 'ray', 'vllm', 'transformers'} & set(sys.modules)\n"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "prompts_per_step=7 x sampling.n=2 = 14 rollouts do not divide into algorithm.mini_batch_size=8; use a divisor of 14" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("--help", ["python -m jobs.ppo", "[policy.optimizer]", "algorithm.clip", "default 0.2"]),
+        ("--dry-run", ["steps: 4", "clip: 0.2", "generator", "reference", "GiB"]),
+    ],
+)
+def test_help_and_dry_run_print_and_start_nothing(option: str, expected: list[str], tmp_path: Path) -> None:
+    arguments = [sys.executable, "-m", "jobs.ppo", "configs/debug/ppo.yaml", f"output_dir={tmp_path}", option]
+    done = subprocess.run(arguments, cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not [text for text in expected if text not in done.stdout]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("run=nowhere", "init_from='sft' is neither a finished stage of this run"),
+        ("data.files=[missing.jsonl]", "missing.jsonl"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_sentence(home: Path, override: str, sentence: str) -> None:
+    done = subprocess.run(command(home, "run=killed", override), cwd=CHECKOUT, env=environment(home), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert sentence in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_job_that_the_machine_cannot_hold_is_refused_and_leaves_nothing_behind(home: Path) -> None:
+    asked = command(home, "run=whole", f"policy.init_from={home}/whole/sft/model", "placement.critic.gpus=1")
+    directory = home / "whole" / "prepare_data"
+    files = [f"data.files=[{directory}/prompts.jsonl]", f"evaluation.data.files=[{directory}/held_out.jsonl]", f"output_dir={home}/refused"]
+    done = subprocess.run([*asked, *files], cwd=CHECKOUT, env=environment(home), capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "the cluster cannot hold this job: 1 GPU asked and 0 free; ask for less under `placement` or add nodes" in done.stderr
+    assert not (home / "refused").exists()
+
+
+@pytest.fixture(autouse=True)
+def _no_ray_address(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A debug run starts its own Ray."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    yield
