@@ -8,20 +8,21 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import ray
 from torch import Tensor
 
-from actors.group import Group, Rank
+from actors.group import Group, Rank, by_reference
 from actors.placement import Cluster
-from actors.weights import Publication, fetch, probe_gap
+from actors.weights import TRANSPORTS, Publication, probe_gap
 from minigpt_ray.config import GeneratorConfig, SamplingConfig
 from minigpt_ray.rl.experience import Prompt, Rollout
 from minigpt_ray.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class GeneratorEngine(Protocol):
 
     def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> list[Completion]: ...
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None: ...
+    def load_by(self, loader: Callable[..., T], *args: Any) -> list[T]: ...
     def probe(self, token_ids: Sequence[int]) -> list[float]: ...
     def sleep(self) -> None: ...
     def wake(self) -> None: ...
@@ -88,14 +90,16 @@ class GeneratorWorker:
         self.tokenizer = load_tokenizer(path)
         self.config, self.probe_tolerance = config, probe_tolerance
         self.version = -1
+        self.asleep = False
 
     def receive(self, publication: Publication) -> Received:
-        """Load a publication and prove it; raises WeightsError when the bytes or the probe do not agree."""
+        """Load a publication and prove it, awake again if it slept; raises WeightsError when the bytes or the probe do not agree."""
         start = time.perf_counter()
         self.version = -1
-        if self.config.sleep_between_phases:
+        if self.asleep:
             self.engine.wake()
-        self.engine.load(fetch(publication))
+            self.asleep = False
+        TRANSPORTS[publication.transport].receive(publication, self.engine)
         gap = probe_gap(publication, self.engine.probe(publication.probe.token_ids), self.probe_tolerance)
         self.version = publication.version
         return Received(self.version, gap, time.perf_counter() - start)
@@ -112,8 +116,10 @@ class GeneratorWorker:
         self.version = version
 
     def sleep(self) -> None:
-        if self.config.sleep_between_phases:
-            self.engine.sleep()
+        """Give the GPU to others; the weights are lost, so nothing is generated before the next `receive`."""
+        self.version = -1
+        self.engine.sleep()
+        self.asleep = True
 
 
 def sampling_seed(run_seed: int, serial: int, sample: int, turn: int = 0) -> int:
@@ -129,6 +135,7 @@ class Generator(Group[GeneratorWorker]):
     ) -> None:
         """`path`: the checkpoint that engines are built from; `max_model_len`: longest prompt and response together."""
         self._cluster, self._seed, self._restarts_left = cluster, seed, config.restart_limit
+        self._tensor_parallel, self._sleeps, self._asleep = tensor_parallel, config.sleep_between_phases, False
         self._build_args = (path, config, max_model_len, tensor_parallel, seed, probe_tolerance)
         self._publication: Publication | None = None
         self.version = -1
@@ -139,7 +146,16 @@ class Generator(Group[GeneratorWorker]):
     def receive(self, publication: Publication) -> None:
         """Every worker loads and proves a publication before it generates again."""
         self._publication, self.version = publication, publication.version
-        self.received = self.call(GeneratorWorker.receive, publication).result()
+        self.received = self._deliver(self.hosts, publication)
+
+    def _deliver(self, hosts: Sequence[Any], publication: Publication) -> list[Received]:
+        """Workers load and prove a publication, and are awake."""
+        publications, sending = TRANSPORTS[publication.transport].dispatch(publication, hosts, self._tensor_parallel)
+        calls = [host.call.remote(self.role, GeneratorWorker.receive, (by_reference(mine),)) for host, mine in zip(hosts, publications, strict=True)]
+        timed = ray.get([*calls, *sending])[: len(calls)]
+        self.usage.busy_seconds += max(t.seconds for t in timed)
+        self._asleep = False
+        return [t.value for t in timed]
 
     def use_checkpoint(self, version: int = 0) -> None:
         """Generate with the checkpoint that the workers were built from."""
@@ -150,9 +166,13 @@ class Generator(Group[GeneratorWorker]):
         """`sampling.n` rollouts per prompt, ordered by prompt and sample, whoever generated them.
 
         Prompts are cut into one contiguous part per worker. A worker that dies is replaced, up to
-        generator.restart_limit times in a run, and its part is generated again, with the same tokens.
+        generator.restart_limit times in a run, and its part is generated again, with the same tokens. With
+        generator.sleep_between_phases workers sleep afterwards, and load the current publication again if they are
+        asked for more before the next one.
         """
         parts = [prompts[Rank(index, len(self.hosts), "cpu").share(len(prompts))] for index in range(len(self.hosts))]
+        if self._asleep and self._publication is not None:
+            self._deliver(self.hosts, self._publication)
         requests = [[Request(p.token_ids, sampling_seed(self._seed, p.serial, s)) for p in part for s in range(sampling.n)] for part in parts]
         start, memory = time.perf_counter(), 0
         pending = [self._submit(index, request, sampling) for index, request in enumerate(requests)]
@@ -166,6 +186,9 @@ class Generator(Group[GeneratorWorker]):
             ]
         self.usage.busy_seconds += time.perf_counter() - start
         self.usage.memory_bytes = memory
+        if self._sleeps and self._publication is not None:
+            self.call(GeneratorWorker.sleep).result()
+            self._asleep = True
         return rollouts
 
     def _submit(self, index: int, requests: list[Request], sampling: SamplingConfig) -> Any:
@@ -191,7 +214,7 @@ class Generator(Group[GeneratorWorker]):
         if self._publication is None:
             ray.get(host.call.remote(self.role, GeneratorWorker.load_checkpoint, (self.version,)))
         else:
-            ray.get(host.call.remote(self.role, GeneratorWorker.receive, (self._publication,)))
+            self._deliver([host], self._publication)
 
     def metrics(self) -> dict[str, float]:
         """About the last publication and the workers' health."""

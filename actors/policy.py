@@ -11,7 +11,7 @@ from actors.forward import in_micro_batches
 from actors.group import Group, Pending, Rank
 from actors.learner import learn
 from actors.placement import Cluster
-from actors.weights import Probe, Publication, probe_tokens, publish
+from actors.weights import TRANSPORTS, Probe, Publication, probe_tokens
 from minigpt_ray.config import AlgorithmConfig, PolicyConfig, PPOConfig
 from minigpt_ray.losses import clipped_policy_loss
 from minigpt_ray.models import TokenLogprobs, export, load_causal, resolve_model
@@ -22,13 +22,24 @@ from minigpt_ray.tokenizer import load_tokenizer
 class PolicyRank:
     """One data-parallel rank of the policy."""
 
-    def __init__(self, rank: Rank, path: str, config: PolicyConfig, algorithm: AlgorithmConfig, temperature: float, total_updates: int, seed: int) -> None:
+    def __init__(
+        self,
+        rank: Rank,
+        path: str,
+        config: PolicyConfig,
+        algorithm: AlgorithmConfig,
+        temperature: float,
+        total_updates: int,
+        seed: int,
+        transport: str = "object_store",
+    ) -> None:
         torch.manual_seed(seed + rank.index)
         self.rank, self.path, self.config, self.algorithm, self.temperature, self.seed = rank, path, config, algorithm, temperature, seed
         self.model = load_causal(path, "float32")
         if config.activation_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.engine = Engine(TokenLogprobs(self.model), config, config.optimizer, total_updates)
+        self.transport = TRANSPORTS[transport]()
 
     def logprobs(self, batch: RolloutBatch) -> Float[Tensor, "R T"]:
         """log p(token t | tokens < t) at the sampling temperature, 0 outside the response; this rank's share of the rows."""
@@ -60,7 +71,7 @@ class PolicyRank:
         return loss.loss, loss.stats
 
     def publish(self, version: int, bucket_bytes: int) -> Publication | None:
-        """Put the weights into the object store; rank 0 returns the publication, the others take part in gathering."""
+        """Make the weights known to the generator; rank 0 returns the publication, the others take part in gathering."""
         self.model.eval()
         tokens = probe_tokens(self.model.config.vocab_size)
         ids = torch.tensor([tokens], device=self.engine.device)
@@ -72,7 +83,7 @@ class PolicyRank:
             for _ in weights:
                 pass
             return None
-        return publish(version, weights, bucket_bytes, Probe(tokens, tuple(logprobs)))
+        return self.transport.publish(version, weights, bucket_bytes, Probe(tokens, tuple(logprobs)))
 
     def save(self, directory: Path) -> None:
         self.engine.save(directory / "policy")
@@ -95,7 +106,8 @@ class Policy(Group[PolicyRank]):
         hosts = cluster.hosts("policy", form_group=True)
         learning_steps = max(1, config.steps - config.algorithm.critic_warmup_steps)
         total_updates = learning_steps * config.updates_per_step
-        super().__init__(hosts, "policy", PolicyRank, path, config.policy, config.algorithm, config.sampling.temperature, total_updates, config.seed)
+        temperature, transport = config.sampling.temperature, config.weights.transport
+        super().__init__(hosts, "policy", PolicyRank, path, config.policy, config.algorithm, temperature, total_updates, config.seed, transport)
         self._bucket_bytes = config.weights.bucket_mib << 20
 
     def logprobs(self, batch: RolloutBatch) -> Pending[Float[Tensor, "B T"]]:

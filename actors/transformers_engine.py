@@ -1,6 +1,7 @@
 """A generator engine on transformers alone: for unit tests and platforms without vLLM. Slower, same contract."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ from actors.generator import Completion, Request
 from minigpt_ray.config import GeneratorConfig, SamplingConfig
 from minigpt_ray.models import TokenLogprobs, load_causal
 from minigpt_ray.tokenizer import load_tokenizer
+
+T = TypeVar("T")
 
 
 class TransformersEngine:
@@ -76,6 +79,10 @@ class TransformersEngine:
         with torch.no_grad():
             for name, tensor in tensors:
                 parameters[name].copy_(tensor)
+
+    def load_by(self, loader: Callable[..., T], *args: Any) -> list[T]:
+        """Call `loader(part, load, *args)`: the model is in this process, in one part."""
+        return [loader(0, self.load, *args)]
 
     @torch.no_grad()
     def probe(self, token_ids: Sequence[int]) -> list[float]:

@@ -3,13 +3,13 @@
 Runs in the worker's own process (no engine subprocess), on CPU and GPU by the same code.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import vllm._custom_ops
-from torch import Tensor, nn
+from torch import Tensor
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
 from vllm.outputs import RequestOutput
@@ -22,12 +22,38 @@ from minigpt_ray.config import GeneratorConfig, SamplingConfig
 vllm._custom_ops._supports_onednn = False
 
 
+T = TypeVar("T")
+CPU_BATCH_TOKENS = 4096
+"""Tokens that vLLM reads in one pass on a CPU."""
+CHUNK_BYTES = 256 << 20
+"""Weights that are sent to tensor-parallel processes at a time."""
+
+
+class ModelPart:
+    """What vLLM mixes into its worker, the object that holds one tensor-parallel part of the model in a process of its own.
+
+    There vLLM imports this module for it, before the model is loaded, which also turns oneDNN off.
+    """
+
+    rank: int
+    get_model: Callable[[], Any]
+
+    def load_tensors(self, tensors: list[tuple[str, Tensor]]) -> None:
+        self.get_model().load_weights(iter(tensors))
+
+    def load_with(self, loader: Callable[..., T], args: tuple[Any, ...]) -> T:
+        return loader(self.rank, self.get_model().load_weights, *args)
+
+
 class VLLMEngine:
     """Generates with vLLM and takes new weights in place."""
 
     def __init__(self, path: str, config: GeneratorConfig, max_model_len: int, tensor_parallel: int, seed: int) -> None:
         gpu = torch.cuda.is_available()
         memory: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_utilization} if gpu else {"kv_cache_memory_bytes": config.kv_cache_mib << 20}
+        if not gpu:
+            # A prompt that is read in parts makes vLLM turn back its sample's random generator, which a CPU generator cannot.
+            memory |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(CPU_BATCH_TOKENS, max_model_len)}
         self.llm = LLM(
             model=path,
             dtype=config.dtype,
@@ -38,6 +64,7 @@ class VLLMEngine:
             enable_sleep_mode=config.sleep_between_phases,
             tensor_parallel_size=tensor_parallel,
             distributed_executor_backend="mp" if tensor_parallel > 1 else "uni",  # else vLLM looks for Ray in a placement group
+            worker_extension_cls=f"{ModelPart.__module__}.{ModelPart.__qualname__}",
             generation_config="vllm",  # sampling is ours, not the checkpoint's
             logprobs_mode="processed_logprobs",  # after the temperature, as the learner computes them
             disable_log_stats=True,
@@ -68,13 +95,15 @@ class VLLMEngine:
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Replace weights in place; what was cached for the old ones is dropped."""
-        named = list(tensors)
-
-        def load_weights(model: nn.Module) -> None:
-            cast(Any, model).load_weights(iter(named))
-
-        self.llm.apply_model(load_weights)
+        for chunk in _chunks(tensors, CHUNK_BYTES):
+            self.llm.collective_rpc(ModelPart.load_tensors, args=(chunk,))
         self.llm.reset_prefix_cache()
+
+    def load_by(self, loader: Callable[..., T], *args: Any) -> list[T]:
+        """Call `loader(part, load, *args)` in every tensor-parallel process; with one GPU or none that is this process."""
+        results = self.llm.collective_rpc(ModelPart.load_with, args=(loader, args))
+        self.llm.reset_prefix_cache()
+        return results
 
     def probe(self, token_ids: Sequence[int]) -> list[float]:
         """log p(token t | tokens < t) of tokens 1 to the last, at temperature 1."""
@@ -84,11 +113,22 @@ class VLLMEngine:
         return [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], token_ids[1:], strict=True) if entry is not None]
 
     def sleep(self) -> None:
-        """Give the GPU's memory back; weights are published again before the next call."""
+        """Give the GPU's memory back; weights and KV cache are lost, so weights are loaded again after `wake`."""
         self.llm.sleep(level=2)
 
     def wake(self) -> None:
         self.llm.wake_up()
+
+
+def _chunks(tensors: Iterable[tuple[str, Tensor]], chunk_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+    chunk: list[tuple[str, Tensor]] = []
+    for name, tensor in tensors:
+        chunk.append((name, tensor))
+        if sum(t.nbytes for _, t in chunk) >= chunk_bytes:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
 
 
 def _completion(output: RequestOutput) -> Completion:

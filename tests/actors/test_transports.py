@@ -1,0 +1,128 @@
+"""Weights broadcast over a process group, here gloo between CPUs: the code that runs over NCCL between GPUs, through the real classes."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.generator import Generator, GeneratorWorker
+from actors.placement import Cluster
+from actors.policy import Policy, PolicyRank
+from actors.weights import WeightsError
+from minigpt_ray.config import GeneratorConfig, GeneratorPlacement, PlacementConfig, PPOConfig, SamplingConfig, WeightsConfig
+from minigpt_ray.rl.experience import Prompt, Rollout
+
+pytestmark = pytest.mark.ray
+
+GENERATOR = GeneratorConfig(backend="transformers", restart_limit=1, sleep_between_phases=True)  # this engine gives back nothing, but forgets its version
+PLACEMENT = PlacementConfig(generator=GeneratorPlacement(ranks=2))
+GREEDY = SamplingConfig(max_tokens=8, temperature=0)
+PROMPTS = [Prompt(i, ({"role": "user", "content": "?"},), np.arange(10 + i, 15 + i, dtype=np.int32), "source", None) for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def roles(ray_cluster: None, nano: Path) -> Iterator[tuple[Policy, Generator]]:
+    config = PPOConfig(policy={"init_from": str(nano)}, placement=PLACEMENT)
+    config = config.model_copy(update={"weights": WeightsConfig(transport="nccl", bucket_mib=1)})  # on CPUs a configuration refuses it
+    with Cluster(PLACEMENT, {"generator": PLACEMENT.generator, "policy": PLACEMENT.policy}) as cluster:
+        policy = Policy(cluster, config)
+        policy._bucket_bytes = 1 << 16  # several buckets of this small a model
+        generator = Generator(cluster, str(nano), GENERATOR, 32, 1, 0, 1e-3)
+        policy.ready()
+        generator.ready()
+        yield policy, generator
+
+
+def move(policy: Policy, change: float) -> None:
+    def add(rank: PolicyRank) -> None:
+        import torch
+
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in rank.model.parameters():
+                parameter += change * torch.randn_like(parameter)
+
+    policy.call(add).result()
+
+
+def of_workers(generator: Generator, ask: Callable[[GeneratorWorker], Any]) -> list[Any]:
+    return generator.call(ask).result()
+
+
+def versions(generator: Generator) -> list[int]:
+    return of_workers(generator, lambda worker: worker.version)
+
+
+def tokens(rollouts: list[Rollout]) -> list[list[int]]:
+    return [r.token_ids.tolist() for r in rollouts]
+
+
+def groups_of(generator: Generator) -> list[list[Any]]:
+    def groups(worker: GeneratorWorker) -> list[Any]:
+        from actors import weights
+
+        return list(weights._groups)
+
+    return of_workers(generator, groups)
+
+
+def test_every_worker_proves_what_was_broadcast_and_the_group_is_kept(roles: tuple[Policy, Generator]) -> None:
+    policy, generator = roles
+    for version, change in ((1, 0.0), (2, 0.05)):
+        move(policy, change)
+        publication = policy.publish(version)
+        assert publication.transport == "nccl" and max(spec.bucket for spec in publication.manifest) > 2
+        generator.receive(publication)
+        assert [r.version for r in generator.received] == [version, version]
+        assert max(r.probe_gap for r in generator.received) < 1e-5
+        ranks = groups_of(generator)
+        assert [[rank for _, rank in group] for group in ranks] == [[1], [2]]
+        meeting = ranks[0][0][0]
+        if version == 1:
+            first = meeting
+    assert meeting == first and meeting.world == 3
+
+
+def test_a_generator_that_slept_loads_the_publication_again_before_it_generates(roles: tuple[Policy, Generator]) -> None:
+    policy, generator = roles
+    generator.receive(policy.publish(3))
+    rollouts = generator.generate(PROMPTS, GREEDY)
+    assert versions(generator) == [-1, -1]
+    assert of_workers(generator, lambda worker: worker.asleep) == [True, True]
+    assert tokens(generator.generate(PROMPTS, GREEDY)) == tokens(rollouts)
+    generator.receive(policy.publish(4))
+    assert versions(generator) == [4, 4]
+    assert of_workers(generator, lambda worker: worker.asleep) == [False, False]
+
+
+def test_a_new_worker_is_brought_up_to_date_and_then_belongs_to_the_group(roles: tuple[Policy, Generator]) -> None:
+    policy, generator = roles
+    generator.receive(policy.publish(5))
+    rollouts = generator.generate(PROMPTS, GREEDY)
+    generator.receive(policy.publish(6))
+    os.kill(of_workers(generator, lambda worker: __import__("os").getpid())[1], signal.SIGKILL)
+    assert tokens(generator.generate(PROMPTS, GREEDY)) == tokens(rollouts)
+    assert generator.restarts == 1
+    generator.receive(policy.publish(7))
+    assert versions(generator) == [7, 7]
+    assert [[rank for _, rank in group] for group in groups_of(generator)] == [[1], [2]]
+
+
+def test_a_byte_that_changes_on_the_way_is_found(roles: tuple[Policy, Generator]) -> None:
+    def corrupt(rank: PolicyRank) -> None:
+        buckets = rank.transport._buckets  # type: ignore[attr-defined]
+        buckets[1] = buckets[1].copy()
+        buckets[1][100] ^= 1
+
+    policy, generator = roles
+    publication = policy.publish(8)
+    policy.call(corrupt).result()
+    with pytest.raises(WeightsError, match=f"weights version 8 arrived with fingerprint .*, published was {publication.fingerprint}"):
+        generator.receive(publication)
+    assert versions(generator) == [-1, -1]
+    generator.receive(policy.publish(9))
+    assert versions(generator) == [9, 9]
