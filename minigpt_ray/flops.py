@@ -125,18 +125,19 @@ def gpu_peak_flops(device_name: str, dtype: Dtype) -> float:
 
 @cache
 def cpu_peak_flops(threads: int) -> float:
-    """FLOP/s of a float32 matrix product on so many threads of this machine, measured once (best of a quarter of a second).
+    """FLOP/s of float32 matrix products on so many threads of this machine: that of one thread, measured once, times threads.
 
+    One thread finds a free moment even on a busy machine, where a product over all of them would never be at its best.
     bfloat16 is measured against it too: a CPU without matrix units is slower there.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     size = 512
     a, b, out = torch.ones(size, size), torch.ones(size, size), torch.empty(size, size)
-    seconds: list[float] = []
-    while sum(seconds) < 0.25:
+    seconds = []
+    while sum(seconds) < 0.3 or len(seconds) < 10:
         start = time.perf_counter()
         torch.mm(a, b, out=out)
         seconds.append(time.perf_counter() - start)
     torch.set_num_threads(before)
-    return 2 * size**3 / min(seconds)
+    return threads * 2 * size**3 / min(seconds)
