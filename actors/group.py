@@ -65,6 +65,12 @@ class RankHost:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
+    def device_name(self) -> str:
+        """`cpu`, or the name of this process's GPU."""
+        import torch
+
+        return "cpu" if self.rank.device == "cpu" else torch.cuda.get_device_name()
+
     def join(self, address: str, port: int) -> None:
         """Form the process group of all hosts of this set."""
         import torch
@@ -182,6 +188,9 @@ class Group(Generic[R]):
     def scatter(self, method: Callable[[R, A], T], batch: A, join: Callable[[list[T]], T]) -> Pending[T]:
         """The method on every rank, each of which takes its share of the rows of `batch`; results are joined in rank order."""
         return self.each(method, [(batch,)] * len(self.hosts)).then(join)
+
+    def device_name(self) -> str:
+        return str(ray.get(self.hosts[0].device_name.remote()))
 
     def close(self) -> None:
         """End the processes, so that their place is free."""

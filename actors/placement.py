@@ -19,6 +19,10 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 PREFLIGHT_SECONDS = 10.0
 
 
+class PlacementError(ValueError):
+    """The cluster has no room for what `placement` asks."""
+
+
 def environment(threads: int) -> dict[str, Any]:
     """Ray's runtime environment of one process: its threads, where to import from, and quiet libraries."""
     return {
@@ -64,19 +68,11 @@ class Cluster:
         preflight(roles)
         self._groups = {name: self._reserve(name, role, config.strategy) for name, role in roles.items()}
 
-    @property
-    def peak_flops(self) -> float:
-        """FLOP/s that all devices of the roles can do together: GPUs where there are any, else this machine's cores."""
-        gpus = sum(role.ranks * role.gpus for role in self.roles.values())
-        if gpus:
-            return gpus * gpu_peak_flops(ray.get(ray.remote(num_gpus=0.01)(gpu_name).remote()), "bfloat16")
-        return cpu_peak_flops(min(os.cpu_count() or 1, sum(role.ranks * role.cpus for role in self.roles.values())))
-
     def _reserve(self, name: str, role: RolePlacement, strategy: str) -> PlacementGroup:
         bundle = {"CPU": float(role.cpus), **({"GPU": float(role.gpus)} if role.gpus else {})}
         group = placement_group([bundle] * role.ranks, strategy=strategy.upper(), name=name)
         if not group.wait(60):
-            raise RuntimeError(f"placement.{name}: no node has room for {role.ranks} x {bundle}; see `ray status`")
+            raise PlacementError(f"placement.{name}: no node has room for {role.ranks} x {bundle}; see `ray status`")
         return group
 
     def hosts(self, name: str, form_group: bool) -> list[Any]:
@@ -112,23 +108,24 @@ class Cluster:
         self.close()
 
 
-def gpu_name() -> str:
-    """Name of the GPU that this process was given."""
-    import torch
-
-    return torch.cuda.get_device_name()
+def peak_flops(roles: Mapping[str, RolePlacement], device_name: str) -> float:
+    """FLOP/s that all devices of the roles can do together: GPUs where there are any, else this machine's cores."""
+    gpus = sum(role.ranks * role.gpus for role in roles.values())
+    if gpus:
+        return gpus * gpu_peak_flops(device_name, "bfloat16")
+    return cpu_peak_flops(min(os.cpu_count() or 1, sum(role.ranks * role.cpus for role in roles.values())))
 
 
 def connect(address: str | None, cpus: int) -> None:
     """Join a cluster, or start one on this machine with as many logical CPUs as the roles ask for."""
     os.environ.setdefault("RAY_worker_niceness", "0")  # else workers run at nice 15 and anything else starves them
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a role that asked for no GPU sees none
     if ray.is_initialized():
         return
     if address is not None or "RAY_ADDRESS" in os.environ:
         ray.init(address=address or "auto", logging_level=logging.ERROR, log_to_driver=True)
     else:
-        ray.init(num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, logging_level=logging.ERROR, log_to_driver=True)
+        ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, logging_level=logging.ERROR, log_to_driver=True)
 
 
 def preflight(roles: Mapping[str, RolePlacement]) -> None:
@@ -146,5 +143,5 @@ def preflight(roles: Mapping[str, RolePlacement]) -> None:
         if time.monotonic() > deadline:
             rows = [f"    {name:<12} {role.ranks} x {role.cpus} CPU, {role.gpus:g} GPU" for name, role in roles.items()]
             lacking = ", ".join(f"{need:g} {name} asked and {present.get(name, 0.0):g} free" for name, need in missing.items())
-            raise RuntimeError("\n".join([f"the cluster cannot hold this job: {lacking}; ask for less under `placement` or add nodes", *rows]))
+            raise PlacementError("\n".join([f"the cluster cannot hold this job: {lacking}; ask for less under `placement` or add nodes", *rows]))
         time.sleep(0.5)

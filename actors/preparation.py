@@ -14,7 +14,7 @@ from minigpt_ray.cli import resolved, write_resolved
 from minigpt_ray.config import FunctionReward, ModelReward, PPOConfig, RolePlacement, VerifierReward
 from minigpt_ray.data.prompts import PromptSet, load_prompts
 from minigpt_ray.flops import PPOShapes
-from minigpt_ray.models import resolve_model
+from minigpt_ray.models import config_json, resolve_model
 from minigpt_ray.presets import ModelShape
 from minigpt_ray.tokenizer import load_tokenizer
 from minigpt_ray.tracking import Tracker
@@ -62,8 +62,7 @@ class Preparation:
         return PPOShapes(policy, self._shape(self.config.critic.init_from), self._shape(self.config.reference.init_from), rewards, policy.vocab_size)
 
     def _shape(self, init_from: str) -> ModelShape:
-        path = self.policy_path if init_from == "policy" else resolve_model(init_from, self.config.run_dir)
-        return ModelShape.from_config_json(Path(path) / "config.json")
+        return ModelShape.from_config_json(config_json(self.policy_path if init_from == "policy" else resolve_model(init_from, self.config.run_dir)))
 
     def tracker(self) -> Tracker:
         """Opens the run's files, cut back to the checkpoint that the run goes on from."""

@@ -37,7 +37,7 @@ from minigpt_ray.cli import resolved, write_resolved
 from minigpt_ray.config import RolePlacement, SFTConfig
 from minigpt_ray.data.packing import windows_for
 from minigpt_ray.flops import attention_flops, cpu_peak_flops, gpu_peak_flops, head_flops, linear_flops
-from minigpt_ray.models import TokenLogprobs, build_causal, export, load_causal, resolve_model
+from minigpt_ray.models import TokenLogprobs, build_causal, config_json, export, load_causal, resolve_model
 from minigpt_ray.presets import PRESETS, ModelShape
 from minigpt_ray.stages import STAGES, Batch, Stage
 from minigpt_ray.tokenizer import load_tokenizer
@@ -128,11 +128,7 @@ def _start(config: SFTConfig, checkpoints: Checkpoints, directory: Path) -> int:
 def _shape(model: str | None, preset: str) -> ModelShape:
     if model is None:
         return PRESETS[preset]
-    if not Path(model).is_dir():
-        from huggingface_hub import hf_hub_download
-
-        return ModelShape.from_config_json(Path(hf_hub_download(model, "config.json")))
-    return ModelShape.from_config_json(Path(model) / "config.json")
+    return ModelShape.from_config_json(config_json(model))
 
 
 # -------------------------------------------------------------------------------------------------------- driver

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 from actors.critic import Critic
 from actors.group import Group, gather
+from actors.placement import peak_flops
 from actors.policy import Policy
 from actors.preparation import Preparation
 from minigpt_ray.cli import write_resolved
@@ -17,7 +18,7 @@ from minigpt_ray.tracking import Rates, Timer
 class Training:
     """Steps, checkpoints and rates of one run."""
 
-    def __init__(self, ready: Preparation, policy: Policy, critic: Critic, roles: Sequence[Group], peak_flops: float) -> None:
+    def __init__(self, ready: Preparation, policy: Policy, critic: Critic, roles: Sequence[Group]) -> None:
         """Waits until every role is built, then goes on from the checkpoint of `ready`, or from the beginning."""
         self.ready, self.config, self.policy, self.critic, self.roles = ready, ready.config, policy, critic, roles
         for role in roles:
@@ -27,7 +28,7 @@ class Training:
             self.state = TrainingState(**ready.checkpoints.load_state(ready.start))
             gather(policy.load(ready.start), critic.load(ready.start))
         self.prompts = PromptStream(ready.prompts.prompts, self.config.seed, start=self.state.prompts_drawn)
-        self.rates = Rates(self.config.steps, peak_flops)
+        self.rates = Rates(self.config.steps, peak_flops(ready.roles, policy.device_name()))
 
     def steps(self) -> Iterator[TrainingState]:
         """The state before each step that is left."""

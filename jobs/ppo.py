@@ -29,15 +29,15 @@ def train(config: PPOConfig) -> None:
     from minigpt_ray.rl.step import make_experience
     from minigpt_ray.tracking import Timer
 
-    with one_sentence():  # bad input is refused before any process starts
+    with one_sentence():  # bad input, and a request that the cluster cannot hold, are refused before any process starts
         ready = Preparation(config)
-    with Cluster(config.placement, ready.roles) as cluster, ready.tracker() as tracker:
-        peak_flops = cluster.peak_flops
+        cluster = Cluster(config.placement, ready.roles)
+    with cluster, ready.tracker() as tracker:
         tensor_parallel, tolerance = config.placement.generator.tensor_parallel, config.weights.probe_tolerance
         generator = Generator(cluster, ready.policy_path, config.generator, ready.max_model_len, tensor_parallel, config.seed, tolerance)
         policy, critic, reference = Policy(cluster, config), Critic(cluster, config), Reference(cluster, config)
         rewards = Rewards(cluster, config.rewards, config.run_dir, ready.policy_path)
-        training = Training(ready, policy, critic, [generator, policy, critic, reference, *rewards.groups], peak_flops)
+        training = Training(ready, policy, critic, [generator, policy, critic, reference, *rewards.groups])
         generator.receive(policy.publish(training.state.step))
         if training.state.step == 0:
             log_evaluation(tracker, 0, generator, rewards, ready.held_out, config.evaluation)

@@ -134,7 +134,7 @@ def cpu_peak_flops(threads: int) -> float:
     torch.set_num_threads(1)
     size = 512
     a, b, out = torch.ones(size, size), torch.ones(size, size), torch.empty(size, size)
-    seconds = []
+    seconds: list[float] = []
     while sum(seconds) < 0.3 or len(seconds) < 10:
         start = time.perf_counter()
         torch.mm(a, b, out=out)

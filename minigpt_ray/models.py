@@ -36,6 +36,13 @@ def resolve_model(init_from: str, run_dir: Path) -> str:
     return init_from
 
 
+def config_json(path: str) -> Path:
+    """The config.json of a model directory or hub id."""
+    from huggingface_hub import hf_hub_download
+
+    return Path(path) / "config.json" if Path(path).is_dir() else Path(hf_hub_download(path, "config.json"))
+
+
 def build_causal(preset: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """Random weights of a preset, float32, its vocabulary that of the tokenizer."""
     if preset not in PRESETS:
