@@ -36,7 +36,8 @@ class CriticRank:
     def update(self, experience: Experience) -> dict[str, float]:
         """PPO epochs over the experience; metrics are token means over the mini-batches of the last epoch."""
         self.model.train()
-        learnt = learn(self.engine, self.rank, experience, self.algorithm, self.config.micro_batch_tokens, self.seed, self._loss)
+        with self.engine.optimizer_at_hand():
+            learnt = learn(self.engine, self.rank, experience, self.algorithm, self.config.micro_batch_tokens, self.seed, self._loss)
         return {
             "train/critic_loss": learnt.stats.pop("critic_loss"),
             "train/critic_grad_norm": learnt.grad_norm,

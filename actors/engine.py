@@ -6,7 +6,7 @@ One process has one DeepSpeed communication world, so an Engine is built once pe
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -63,10 +63,13 @@ class Engine:
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         self.deepspeed = import_deepspeed()
         self.engine, *_ = self.deepspeed.initialize(model=model, optimizer=adamw, lr_scheduler=scheduler, config=self._deepspeed_config())
+        self._at_hand = True
+        if self._offloads_between_phases:
+            self._send_away()
 
     def _deepspeed_config(self) -> dict[str, Any]:
         zero: dict[str, Any] = {"stage": self.config.zero_stage}
-        if self.config.offload_optimizer:
+        if self.config.offload_optimizer and not self._offloads_between_phases:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         return {
             "train_micro_batch_size_per_gpu": 1,
@@ -84,6 +87,33 @@ class Engine:
         """DeepSpeed computes no global gradient norm for a plain optimizer (stage 0, float32)."""
         return self.config.zero_stage > 0 or self.config.dtype == "bfloat16"
 
+    @property
+    def _offloads_between_phases(self) -> bool:
+        """At stage 3 DeepSpeed moves the states of its own Adam alone; there they stay in host memory, where the step is taken."""
+        return self.config.offload_optimizer and self.config.zero_stage < 3
+
+    @contextmanager
+    def optimizer_at_hand(self) -> Iterator[None]:
+        """Optimizer states and float32 master weights are on the device inside, and outside in host memory if so configured.
+
+        May be nested: around several updates the states move once.
+        """
+        if not self._offloads_between_phases or self._at_hand:
+            yield
+            return
+        self.engine.reload_states()
+        self._at_hand = True
+        try:
+            yield
+        finally:
+            self._send_away()
+
+    def _send_away(self) -> None:
+        from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
+
+        self.engine.offload_states(include=[State.optim_states, State.hp_params])
+        self._at_hand = False
+
     def update(self, micro_batches: Sequence[M], loss: Callable[[nn.Module, M], tuple[Tensor, Stats]]) -> Update:
         """One optimizer step over micro-batches; every rank must bring the same number of them.
 
@@ -91,6 +121,10 @@ class Engine:
         ranks simply add. DeepSpeed averages gradients over ranks, hence the factor of the world size. When the loss
         of any rank is not finite, the last loss is poisoned, so that every ZeRO stage refuses the update alike.
         """
+        with self.optimizer_at_hand():
+            return self._update(micro_batches, loss)
+
+    def _update(self, micro_batches: Sequence[M], loss: Callable[[nn.Module, M], tuple[Tensor, Stats]]) -> Update:
         world = dist.get_world_size()
         stats: Stats = {}
         finite = torch.ones((), device=self.device)
@@ -134,13 +168,15 @@ class Engine:
 
     def save(self, directory: Path) -> None:
         """Model, optimizer, schedule and random state of every rank. Collective."""
-        self.engine.save_checkpoint(str(directory), tag="engine")
+        with self.optimizer_at_hand():
+            self.engine.save_checkpoint(str(directory), tag="engine")
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         torch.save({"torch": torch.get_rng_state(), "cuda": cuda}, directory / f"random-{dist.get_rank()}.pt")  # DeepSpeed keeps rank 0's alone
 
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote, on as many ranks. Collective."""
-        path, _ = self.engine.load_checkpoint(str(directory), tag="engine")
+        with self.optimizer_at_hand():
+            path, _ = self.engine.load_checkpoint(str(directory), tag="engine")
         if path is None:
             raise FileNotFoundError(f"{directory} holds no engine state")
         random = torch.load(directory / f"random-{dist.get_rank()}.pt")

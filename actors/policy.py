@@ -53,7 +53,8 @@ class PolicyRank:
         if experience.step < self.algorithm.critic_warmup_steps:
             return dict.fromkeys(("train/actor_loss", "train/kl", "train/actor_grad_norm", "train/actor_lr", "policy/skipped_updates"), 0.0)
         self.model.train()
-        learnt = learn(self.engine, self.rank, experience, self.algorithm, self.config.micro_batch_tokens, self.seed, self._loss)
+        with self.engine.optimizer_at_hand():
+            learnt = learn(self.engine, self.rank, experience, self.algorithm, self.config.micro_batch_tokens, self.seed, self._loss)
         return {
             "train/actor_loss": learnt.stats.pop("actor_loss"),
             "train/kl": learnt.stats.pop("kl"),

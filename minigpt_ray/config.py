@@ -54,13 +54,19 @@ class EngineConfig(Config):
     micro_batch_tokens: PositiveInt = 8192
     """Most tokens, padding included, that one forward-backward holds."""
     offload_optimizer: bool = False
-    """Keep optimizer states in host memory (GPU only; needs zero_stage 1 to 3)."""
+    """Keep optimizer states and master weights in host memory while nothing is learnt; with zero_stage=3 always, and the step is taken there (GPU only; needs zero_stage 1 to 3)."""
 
     @model_validator(mode="after")
     def _offload_needs_zero(self) -> "EngineConfig":
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer=true needs zero_stage 1, 2 or 3, but zero_stage=0; set zero_stage=1 or offload_optimizer=false")
         return self
+
+
+def refuse_plain_bfloat16(section: str, engine: EngineConfig) -> None:
+    """What DeepSpeed does for this pair scales gradients down before AdamW, whose steps come out too small."""
+    if engine.dtype == "bfloat16" and engine.zero_stage == 0:
+        raise ValueError(f"{section}dtype=bfloat16 needs zero_stage 1, 2 or 3, but {section}zero_stage=0; set it to 1, which costs nothing on one rank")
 
 
 class CheckpointConfig(Config):
@@ -225,6 +231,9 @@ class SFTConfig(JobConfig):
     def _batch_divides(self) -> "SFTConfig":
         if self.batch_size % self.num_workers:
             raise ValueError(f"batch_size={self.batch_size} does not divide among num_workers={self.num_workers}; use a multiple")
+        if self.engine.offload_optimizer and self.gpus_per_worker == 0:
+            raise ValueError("engine.offload_optimizer=true needs a GPU, but gpus_per_worker=0; set it to false")
+        refuse_plain_bfloat16("engine.", self.engine)
         return self
 
 
@@ -357,7 +366,7 @@ class GeneratorConfig(Config):
     enforce_eager: bool = True
     """Skip compilation and CUDA graphs: starts in seconds; set false for long runs on GPUs."""
     sleep_between_phases: bool = False
-    """vLLM sleep mode while the learners work, for a GPU that is shared (GPU only)."""
+    """vLLM sleep mode after every generation, for a GPU that is shared; the weights are loaded again afterwards (GPU only)."""
     restart_limit: NonNegativeInt = 3
     """How often a dead worker is replaced before the run stops."""
 
@@ -366,7 +375,7 @@ class WeightsConfig(Config):
     """Publication of the policy's weights to the generator."""
 
     transport: Literal["object_store", "nccl", "cuda_ipc"] = "object_store"
-    """How the bytes travel; `nccl` and `cuda_ipc` need GPUs."""
+    """How the bytes travel: `object_store` anywhere, `nccl` between whole GPUs, `cuda_ipc` on a GPU that policy and generator share."""
     bucket_mib: PositiveInt = 256
     """Tensors are packed into buckets of this size."""
     probe_tolerance: PositiveFloat = 1e-3
@@ -381,7 +390,7 @@ class RolePlacement(Config):
     cpus: PositiveInt = 1
     """CPUs, and compute threads, of one rank."""
     gpus: float = Field(default=0, ge=0)
-    """GPUs of one rank; a fraction shares a GPU."""
+    """GPUs of one rank; a fraction shares a GPU. More than one is for the generator's tensor parallel alone."""
 
 
 class GeneratorPlacement(RolePlacement):
@@ -389,6 +398,14 @@ class GeneratorPlacement(RolePlacement):
 
     tensor_parallel: PositiveInt = 1
     """GPUs over which one worker's model is split."""
+
+    @model_validator(mode="after")
+    def _a_gpu_for_each_part(self) -> "GeneratorPlacement":
+        if self.gpus != self.tensor_parallel and max(self.gpus, self.tensor_parallel) > 1:
+            raise ValueError(
+                f"gpus={self.gpus:g} does not give every part of tensor_parallel={self.tensor_parallel} one whole GPU; set gpus={self.tensor_parallel} or change tensor_parallel"
+            )
+        return self
 
 
 class PlacementConfig(Config):
@@ -408,6 +425,18 @@ class PlacementConfig(Config):
     """Reference ranks."""
     reward_model: RolePlacement = RolePlacement()
     """Ranks of each reward model."""
+
+    @model_validator(mode="after")
+    def _a_gpu_for_each_rank(self) -> "PlacementConfig":
+        for name in ("policy", "critic", "reference", "reward_model"):
+            role = getattr(self, name)
+            if role.gpus > 1:
+                raise ValueError(f"{name}.gpus={role.gpus:g}, but a rank computes on one GPU; set {name}.gpus=1 and raise {name}.ranks")
+            if name in ("policy", "critic") and role.ranks > 1 and 0 < role.gpus < 1:
+                raise ValueError(
+                    f"{name}.ranks={role.ranks} with {name}.gpus={role.gpus:g} may meet on one GPU, which NCCL refuses; set {name}.gpus=1 or {name}.ranks=1"
+                )
+        return self
 
 
 class EvaluationConfig(Config):
@@ -492,11 +521,30 @@ class PPOConfig(JobConfig):
             raise ValueError("rewards is empty; name at least one source, for example rewards.verifier.kind=verifier")
         if self.generator.backend == "transformers" and self.placement.generator.tensor_parallel > 1:
             raise ValueError(f"placement.generator.tensor_parallel={self.placement.generator.tensor_parallel} needs generator.backend=vllm, found transformers")
-        if self.weights.transport != "object_store" and self.placement.generator.gpus == 0:
-            raise ValueError(f"weights.transport={self.weights.transport} needs GPUs, but placement.generator.gpus=0; use object_store")
-        if self.generator.sleep_between_phases and self.placement.generator.gpus == 0:
-            raise ValueError("generator.sleep_between_phases=true needs a GPU, but placement.generator.gpus=0; set it to false")
+        self._possible_on_gpus()
         return self
+
+    def _possible_on_gpus(self) -> None:
+        generator, policy, transport = self.placement.generator, self.placement.policy, self.weights.transport
+        found = f"placement.generator.gpus={generator.gpus:g} and placement.policy.gpus={policy.gpus:g}"
+        if transport == "nccl" and min(generator.gpus, policy.gpus) < 1:
+            raise ValueError(f"weights.transport=nccl needs whole GPUs for generator and policy, found {found}; use object_store, or cuda_ipc on a shared GPU")
+        if transport == "cuda_ipc" and (not (0 < generator.gpus < 1 and 0 < policy.gpus < 1) or policy.ranks > 1):
+            raise ValueError(
+                f"weights.transport=cuda_ipc needs a GPU that generator and one policy rank share (gpus between 0 and 1), found {found}, placement.policy.ranks={policy.ranks}; use object_store or nccl"
+            )
+        if self.generator.sleep_between_phases and generator.gpus == 0:
+            raise ValueError("generator.sleep_between_phases=true needs a GPU, but placement.generator.gpus=0; set it to false")
+        if self.generator.sleep_between_phases and self.generator.backend != "vllm":
+            raise ValueError(f"generator.sleep_between_phases=true needs generator.backend=vllm, found {self.generator.backend}; set it to false")
+        for role in ("policy", "critic"):
+            refuse_plain_bfloat16(f"{role}.", getattr(self, role))
+            if getattr(self, role).offload_optimizer and getattr(self.placement, role).gpus == 0:
+                raise ValueError(f"{role}.offload_optimizer=true needs a GPU, but placement.{role}.gpus=0; set it to false")
+        if "bfloat16" in (self.policy.dtype, self.generator.dtype) and self.weights.probe_tolerance < 0.01:
+            raise ValueError(
+                f"weights.probe_tolerance={self.weights.probe_tolerance:g} is less than bfloat16 rounds away (policy.dtype={self.policy.dtype}, generator.dtype={self.generator.dtype}); set it to about 0.2"
+            )
 
 
 # --------------------------------------------------------------------------------------------------- evaluate
@@ -521,3 +569,9 @@ class EvaluateConfig(JobConfig):
     """The engine."""
     placement: PlacementConfig = PlacementConfig()
     """Only the generator, the reward models and the cluster's address count here."""
+
+    @model_validator(mode="after")
+    def _nobody_to_sleep_for(self) -> "EvaluateConfig":
+        if self.generator.sleep_between_phases:
+            raise ValueError("generator.sleep_between_phases=true gives the GPU to learners, which an evaluation has not; set it to false")
+        return self
