@@ -11,7 +11,7 @@ import yaml
 from actors.placement import roles_of
 from minigpt_ray.checkpoint import Checkpoints
 from minigpt_ray.cli import resolved, write_resolved
-from minigpt_ray.config import FunctionReward, ModelReward, PPOConfig, RolePlacement, VerifierReward
+from minigpt_ray.config import FunctionReward, ModelReward, PPOConfig, RolePlacement, SFTConfig, VerifierReward
 from minigpt_ray.data.prompts import PromptSet, load_prompts
 from minigpt_ray.flops import PPOShapes
 from minigpt_ray.models import config_json, resolve_model
@@ -94,7 +94,7 @@ class Preparation:
                     )
 
 
-def find_start(config: PPOConfig, directory: Path, checkpoints: Checkpoints, may_differ: Collection[str]) -> Path | None:
+def find_start(config: PPOConfig | SFTConfig, directory: Path, checkpoints: Checkpoints, may_differ: Collection[str]) -> Path | None:
     """The checkpoint to go on from, None for the beginning.
 
     Raises ValueError where checkpoint.resume=never would write over an earlier run, and where a resumed run would be

@@ -23,7 +23,6 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
-import yaml
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -31,7 +30,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from actors.dataset import StoredWindows, prepare_windows
 from actors.engine import Engine, all_reduce_sum
 from actors.placement import connect, environment, preflight
-from actors.preparation import refuse_differences
+from actors.preparation import MAY_DIFFER_ON_RESUME, find_start
 from minigpt_ray.checkpoint import Checkpoints
 from minigpt_ray.cli import resolved, write_resolved
 from minigpt_ray.config import RolePlacement, SFTConfig
@@ -76,7 +75,7 @@ class Ready:
 
 
 def prepare(config: SFTConfig, stage: Stage) -> Ready:
-    """Raises StageError or FileNotFoundError when the model, the tokenizer or the data is not there, or when an earlier run is."""
+    """Raises ValueError or FileNotFoundError when the model, the tokenizer or the data is not there, or when an earlier run is."""
     directory = config.stage_dir(stage.name)
     checkpoints = Checkpoints(directory / "checkpoint", config.checkpoint.keep)
     before_this = f"run python -m jobs.prepare_data run={config.run} output_dir={config.output_dir} first"
@@ -94,35 +93,13 @@ def prepare(config: SFTConfig, stage: Stage) -> Ready:
     shape = _shape(model, config.model.preset)
     if config.window > shape.max_positions:
         raise StageError(f"window={config.window} is longer than the model's {shape.max_positions} positions; use at most so many")
-    start = _start(config, checkpoints, directory)
+    latest = find_start(config, directory, checkpoints, MAY_DIFFER)
+    start = 0 if latest is None else checkpoints.step_of(latest)
     return Ready(config, stage.name, directory, model, str(Path(tokenizer).absolute()) if Path(tokenizer).is_dir() else tokenizer, files, shape, start)
 
 
-MAY_DIFFER = ("run", "output_dir", "cpus_per_worker", "validation_every")
-"""Fields that a resumed run may change, besides those that any job may."""
-
-
-def _start(config: SFTConfig, checkpoints: Checkpoints, directory: Path) -> int:
-    """The step to go on from; refuses to write over an earlier run, and to resume as another run than was saved."""
-    if config.checkpoint.resume == "never":
-        found = [path for path in (directory / "checkpoint", directory / "model", directory / "metrics.jsonl") if path.exists()]
-        if found:
-            raise StageError(
-                f"{found[0]} is there from an earlier run, which would be written over; go on from it with checkpoint.resume=auto, choose another run=, or remove {directory}"
-            )
-        return 0
-    latest = checkpoints.latest()
-    if latest is None:
-        return 0
-    before, now = (
-        {name: value for name, value in tree.items() if name not in MAY_DIFFER}
-        for tree in (yaml.safe_load((latest / "config.yaml").read_text()), resolved(config))
-    )
-    try:
-        refuse_differences(before, now, latest)
-    except ValueError as error:
-        raise StageError(str(error)) from None
-    return checkpoints.step_of(latest)
+MAY_DIFFER = (*MAY_DIFFER_ON_RESUME, "cpus_per_worker", "validation_every")
+"""Fields that a resumed run may change."""
 
 
 def _shape(model: str | None, preset: str) -> ModelShape:

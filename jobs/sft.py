@@ -7,22 +7,17 @@ Writes <output_dir>/<run>/sft: config.yaml, metrics.jsonl, windows/ (the packed 
 from changes), checkpoint/ and model/, which `init_from: sft` and `AutoModelForCausalLM.from_pretrained` load.
 """
 
-import sys
-
-from minigpt_ray.cli import load_config
+from minigpt_ray.cli import load_config, one_sentence
 from minigpt_ray.config import SFTConfig
 
 
 def train(config: SFTConfig) -> None:
     """Train from the newest checkpoint (checkpoint.resume=auto) or from the beginning; ends with a sentence where that cannot be."""
-    from actors.supervised import StageError, fit, prepare
-    from minigpt_ray.data.rows import DataError
+    from actors.supervised import fit, prepare
     from minigpt_ray.stages import STAGES
 
-    try:
+    with one_sentence():
         fit(prepare(config, STAGES["sft"]))
-    except (StageError, DataError, FileNotFoundError) as error:
-        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def test_an_earlier_run_is_never_written_over(run):
     (run / "r" / "sft").mkdir()
     assert prepare(config(run), SFT).start == 0
     (run / "r" / "sft" / "metrics.jsonl").write_text("")
-    with pytest.raises(StageError, match=r"metrics\.jsonl is there from an earlier run.*checkpoint.resume=auto"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is there from an earlier run.*checkpoint.resume=auto"):
         prepare(config(run), SFT)
     assert prepare(config(run, checkpoint={"resume": "auto"}), SFT).start == 0
 

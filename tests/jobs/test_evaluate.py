@@ -17,9 +17,16 @@ from minigpt_ray.tokenizer import load_tokenizer
 CHECKOUT = Path(__file__).parents[2]
 
 
-def evaluate(*overrides: str, timeout: float = 500) -> subprocess.CompletedProcess[str]:
+REWARD = """
+def codes(rollouts):
+    return [sum(map(ord, r.text)) / 1000 for r in rollouts]
+"""
+
+
+def evaluate(*overrides: str, path: str = "", timeout: float = 500) -> subprocess.CompletedProcess[str]:
+    """The job; `path`: where else modules are found."""
     command = [sys.executable, "-m", "jobs.evaluate", "configs/debug/evaluate.yaml", *overrides]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"COLUMNS": "120"}
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"COLUMNS": "120", "PYTHONPATH": path}
     return subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
@@ -32,12 +39,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = load_tokenizer(run / "prepare_data" / "tokenizer")
     for name, seed in (("sft", 0), ("ppo", 1)):
         export(build_causal("nano", tokenizer, seed=seed), tokenizer, run / name / "model")
+    (directory / "a_users_rewards.py").write_text(REWARD)
     return directory
 
 
 @pytest.fixture(scope="module")
 def finished(home: Path) -> subprocess.CompletedProcess[str]:
-    done = evaluate(f"output_dir={home}")
+    done = evaluate(f"output_dir={home}", "rewards.codes.kind=function", "rewards.codes.function=a_users_rewards:codes", path=str(home))
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -49,9 +57,10 @@ def test_both_models_have_all_figures(home: Path, finished: subprocess.Completed
     for figures in results.values():
         assert set(figures) == {f"eval/{p}{n}" for p in ("", "sampled_") for n in ("accuracy", "mean_reward", "avg_response_len", "truncated_fraction")}
         assert all(math.isfinite(value) for value in figures.values())
-        assert all(0 <= value <= 1 for name, value in figures.items() if "len" not in name)
+        assert all(0 <= value <= 1 for name, value in figures.items() if not name.endswith(("len", "reward")))
         assert 1 <= figures["eval/avg_response_len"] <= 16
-    assert results["sft"] != results["ppo"]
+    for reward in ("eval/mean_reward", "eval/sampled_mean_reward"):  # each model wrote answers of its own
+        assert results["sft"][reward] != results["ppo"][reward]
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def output_dir(tmp_path_factory):
 
 def test_without_data_it_says_which_command_makes_it(tmp_path):
     done = sft("run=none", f"output_dir={tmp_path}")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and "run python -m jobs.prepare_data run=none" in done.stderr
 
 
@@ -82,7 +82,7 @@ def test_the_debug_run_learns_and_leaves_a_model(output_dir):
     assert AutoTokenizer.from_pretrained(stage / "model").chat_template
 
     again = sft("run=r", f"output_dir={output_dir}")
-    assert again.returncode == 1 and "is there from an earlier run" in again.stderr.splitlines()[-1]
+    assert again.returncode == 2 and "is there from an earlier run" in again.stderr.splitlines()[-1]
 
 
 @pytest.mark.ray
