@@ -131,5 +131,6 @@ class TokenValues(nn.Module):
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, weights: dict[str, Tensor] | None = None) -> None:
     """A plain Hugging Face directory: safetensors, config, tokenizer with its chat template; `weights` where they are sharded."""
     directory.mkdir(parents=True, exist_ok=True)
+    logging.disable_progress_bar()
     model.save_pretrained(directory, state_dict=weights)
     tokenizer.save_pretrained(directory)
