@@ -1,9 +1,14 @@
-"""Two tiny models with random weights, exported as a stage exports them."""
+"""Two tiny models with random weights, exported as a stage exports them; a process group of one rank for tests without Ray."""
 
+import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
+from actors.group import RankHost
 from minigpt_ray.models import build_causal, export
 from minigpt_ray.tokenizer import train_tokenizer
 
@@ -24,3 +29,28 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama-shaped model with a tied output head."""
     return _exported("llama-nano", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def _process_group() -> Iterator[dict[str, str]]:
+    """Formed once, as a RankHost forms it: DeepSpeed keeps its groups for the life of a process."""
+    before = dict(os.environ)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    RankHost(0, 1, threads=1).join("127.0.0.1", port)
+    formed = {name: value for name, value in os.environ.items() if before.get(name) != value}
+    os.environ.clear()
+    os.environ.update(before)
+    yield formed
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def alone(_process_group: dict[str, str]) -> Iterator[None]:
+    """This process is the one rank of a process group, and its environment says so, as DeepSpeed asks."""
+    before = dict(os.environ)
+    os.environ.update(_process_group)
+    yield
+    os.environ.clear()
+    os.environ.update(before)

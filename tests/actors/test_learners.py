@@ -4,7 +4,6 @@ import math
 import os
 import shutil
 import socket
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +21,8 @@ from minigpt_ray.config import AlgorithmConfig, CriticConfig, OptimizerConfig, P
 from minigpt_ray.models import TokenLogprobs, TokenValues, export, load_causal, load_scalar
 from minigpt_ray.rl.experience import Experience, RolloutBatch
 from minigpt_ray.tokenizer import load_tokenizer
+
+pytestmark = pytest.mark.usefixtures("alone")
 
 LENGTHS = (9, 14, 6, 11, 14, 8, 7, 12, 10)
 PROMPT = 4
@@ -119,17 +120,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    """A process group of one rank, formed as a RankHost forms it."""
-    before = dict(os.environ)
-    RankHost(0, 1, threads=1).join("127.0.0.1", free_port())
-    yield
-    dist.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")

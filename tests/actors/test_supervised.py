@@ -5,7 +5,6 @@ import math
 
 import numpy as np
 import pytest
-import torch.distributed as dist
 
 from actors.dataset import StoredWindows, describe
 from actors.supervised import StageError, SupervisedRank, prepare
@@ -33,19 +32,6 @@ def config(output_dir, **fields):
     return SFTConfig.model_validate(
         {"run": "r", "output_dir": output_dir, "steps": 4, "batch_size": 4, "window": 96, "validation_every": 2, "checkpoint": {"every": 2}} | fields
     )
-
-
-@pytest.fixture(scope="module")
-def process_group(tmp_path_factory):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path_factory.mktemp('group')}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.fixture
-def environment(monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "DS_ACCELERATOR": "cpu"}.items():
-        monkeypatch.setenv(name, value)
 
 
 def build(settings):
@@ -83,7 +69,7 @@ def test_an_earlier_run_is_never_written_over(run):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_the_run_that_was_not_interrupted(run, process_group, environment):
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(run, alone):
     def losses(rows):
         return [
             {name: value for name, value in row.items() if not name.startswith(("time/", "system/")) and "_per_second" not in name and name not in TIMED}
@@ -123,7 +109,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(run, process_group, e
 
 
 @pytest.mark.slow
-def test_micro_batches_do_not_change_the_course(run, process_group, environment):
+def test_micro_batches_do_not_change_the_course(run, alone):
     courses = []
     for budget in (96, 8192):
         worker = build(config(run, engine={"micro_batch_tokens": budget}))
