@@ -249,6 +249,8 @@ class AlgorithmConfig(Config):
     """Discount per token."""
     gae_lambda: float = Field(default=0.95, ge=0, le=1)
     """Lambda of GAE: 1 is return minus value, 0 the one-step TD error."""
+    truncated: Literal["score", "bootstrap"] = "score"
+    """What a response cut at sampling.max_tokens is worth: its score, as the limit is part of the task, or, in place of the score, the critic's estimate after its last token. Never both: a response that never ends would then earn twice."""
     clip: PositiveFloat = 0.2
     """The ratio is clipped to [1 - clip, 1 + clip] (arXiv:1707.06347)."""
     value_clip: PositiveFloat | None = 0.2

@@ -18,9 +18,10 @@ def make_experience(batch: RolloutBatch, scores: Scores, algorithm: AlgorithmCon
     """
     mask = batch.response_mask & ~scores.rewards.failed[:, None]
     kl = KL_ESTIMATORS[algorithm.kl_estimator](scores.policy_logprobs, scores.reference_logprobs)
-    rewards = token_rewards(scores.rewards.total, kl, state.kl_coef, mask)
+    bootstrapped = batch.truncated & (algorithm.truncated == "bootstrap")
+    rewards = token_rewards(torch.where(bootstrapped, 0, scores.rewards.total), kl, state.kl_coef, mask)
     estimate = ESTIMATORS[algorithm.estimator]
-    advantages, returns = estimate(rewards, scores.values, mask, batch.lengths, batch.truncated, algorithm.discount, algorithm.gae_lambda)
+    advantages, returns = estimate(rewards, scores.values, mask, batch.lengths, bootstrapped, algorithm.discount, algorithm.gae_lambda)
     experience = Experience(
         token_ids=batch.token_ids,
         lengths=batch.lengths,

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -30,10 +31,11 @@ FAILED = torch.tensor([False, False, True, False])
 SCORES = Scores(POLICY, REFERENCE, VALUES, RewardScores(torch.tensor([1.0, -1.0, NAN, NAN]), {}, FAILED))
 
 
-def test_experience_by_hand() -> None:
-    """Each token costs 0.1 * (3 - 1) = 0.2; the truncated response goes on with the value 2."""
-    experience, _ = make_experience(BATCH, SCORES, PLAIN, STATE)
-    returns = torch.tensor([[0.0, 0.6, 0.8, 0.0], [0.0, 0.4, 0.6, 0.8], [0.0] * 4, [0.0] * 4])
+@pytest.mark.parametrize(("truncated", "end"), [("score", -1.0), ("bootstrap", 2.0)])
+def test_experience_by_hand(truncated: Literal["score", "bootstrap"], end: float) -> None:
+    """Each token costs 0.1 * (3 - 1) = 0.2; the truncated response ends with its score -1, or with the value 2, never with both."""
+    experience, _ = make_experience(BATCH, SCORES, PLAIN.model_copy(update={"truncated": truncated}), STATE)
+    returns = torch.tensor([[0.0, 0.6, 0.8, 0.0], [0.0, end - 0.6, end - 0.4, end - 0.2], [0.0] * 4, [0.0] * 4])
     values = torch.tensor([[0.0, 0.5, 1.0, 0.0], [0.0, 0.0, 0.5, 1.0], [0.0] * 4, [0.0] * 4])
     assert torch.allclose(experience.returns, returns)
     assert torch.equal(experience.values, values)
