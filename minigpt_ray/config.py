@@ -267,6 +267,8 @@ class AlgorithmConfig(Config):
     """Passes over the step's rollouts."""
     mini_batch_size: PositiveInt = 64
     """Rollouts per optimizer step, over all ranks."""
+    replacement_rounds: NonNegativeInt = 0
+    """Rounds in which prompts whose rollouts all earn the same, and so teach nothing, are replaced by the next ones (dynamic sampling, arXiv:2503.14476)."""
     critic_warmup_steps: NonNegativeInt = 0
     """First steps in which only the critic learns."""
     non_finite: Literal["stop", "skip"] = "stop"
@@ -466,6 +468,8 @@ class PPOConfig(JobConfig):
     """Rollout-and-learn steps."""
     prompts_per_step: PositiveInt = 64
     """Prompts drawn in a step; each gives sampling.n rollouts."""
+    score_chunk: PositiveInt = 64
+    """Consecutive prompts whose rollouts are scored together, as soon as all of them are there and while the rest still generates."""
     data: PromptsConfig = PromptsConfig()
     """Training prompts."""
     sampling: SamplingConfig = SamplingConfig()
@@ -514,6 +518,10 @@ class PPOConfig(JobConfig):
         if rows % mini:
             raise ValueError(
                 f"prompts_per_step={self.prompts_per_step} x sampling.n={sampling.n} = {rows} rollouts do not divide into algorithm.mini_batch_size={mini}; use a divisor of {rows}"
+            )
+        if self.algorithm.replacement_rounds and sampling.n == 1:
+            raise ValueError(
+                f"algorithm.replacement_rounds={self.algorithm.replacement_rounds} compares the rollouts of a prompt, but sampling.n=1; raise sampling.n or set it to 0"
             )
         for role in ("policy", "critic"):
             ranks = getattr(self.placement, role).ranks
