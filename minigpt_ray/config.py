@@ -429,6 +429,32 @@ class PlacementConfig(Config):
     """Reference ranks."""
     reward_model: RolePlacement = RolePlacement()
     """Ranks of each reward model."""
+    colocate: tuple[tuple[str, ...], ...] = ()
+    """Sets of roles that share processes, for example `[[policy, reference], [critic, reward_model, rewards]]`: rank i of each lives in one process, which has the CPUs and GPUs of the set's first role. They compute in turn, and libraries, contexts and memory are paid once. The generator has processes of its own."""
+
+    def home(self, role: str) -> str:
+        """The role whose processes `role` lives in: the first of its set, or its own."""
+        kind = "reward_model" if role.startswith("reward_model_") else role
+        return next((shared[0] for shared in self.colocate if kind in shared), role)
+
+    @model_validator(mode="after")
+    def _sets_that_can_be(self) -> "PlacementConfig":
+        listed = [name for shared in self.colocate for name in shared]
+        ranks = {name: getattr(self, name).ranks for name in ("policy", "critic", "reference", "reward_model")} | {"rewards": 1}
+        for name in listed:
+            if name not in ranks:
+                raise ValueError(f"colocate names {name!r}; use some of {', '.join(ranks)}")
+            if listed.count(name) > 1:
+                raise ValueError(f"colocate names {name} twice; a role lives in one place")
+        for shared in self.colocate:
+            if not shared or shared[0] not in ("policy", "critic", "reference"):
+                raise ValueError(f"colocate has the set [{', '.join(shared)}]; its first role gives the processes and must be policy, critic or reference")
+            for name in shared:
+                if ranks[name] != ranks[shared[0]]:
+                    raise ValueError(
+                        f"colocate puts {name} with {ranks[name]} ranks into the processes of {shared[0]} with {ranks[shared[0]]}; give both the same number"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _a_gpu_for_each_rank(self) -> "PlacementConfig":

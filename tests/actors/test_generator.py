@@ -227,7 +227,10 @@ def test_a_short_answer_is_handed_on_while_long_ones_are_still_written(generator
     stop = load_tokenizer(generator._build_args[0]).decode(generator.generate(PROMPTS[:1], alone)[0].token_ids)
     others = [p for p in PROMPTS[1:] if stop not in generator.generate([p], replace_sampling(GREEDY, max_tokens=100))[0].text]
     assert stop and first.text.startswith(stop) and others
-    arrivals = [(chunk[0].group, time.perf_counter()) for chunk in generator.stream([PROMPTS[0], *others[:1]], replace_sampling(GREEDY, max_tokens=100, stop=(stop,)), chunk=1)]
+    arrivals = [
+        (chunk[0].group, time.perf_counter())
+        for chunk in generator.stream([PROMPTS[0], *others[:1]], replace_sampling(GREEDY, max_tokens=100, stop=(stop,)), chunk=1)
+    ]
     assert arrivals[0][0] == 0 and arrivals[1][1] - arrivals[0][1] > 0.05
 
 
