@@ -64,9 +64,8 @@ class Critic(Group[CriticRank]):
     def __init__(self, cluster: Cluster, config: PPOConfig) -> None:
         source = config.policy.init_from if config.critic.init_from == "policy" else config.critic.init_from
         path = resolve_model(source, config.run_dir)
-        hosts = cluster.hosts("critic", form_group=True)
         total_updates = config.steps * config.updates_per_step
-        super().__init__(hosts, "critic", CriticRank, path, config.critic, config.algorithm, total_updates, config.seed)
+        super().__init__(cluster, "critic", CriticRank, path, config.critic, config.algorithm, total_updates, config.seed, form_group=True)
 
     def values(self, batch: RolloutBatch) -> Pending[Float[Tensor, "B T+1"]]:
         return self.scatter(CriticRank.values, batch, torch.cat)

@@ -14,7 +14,7 @@ import numpy as np
 import ray
 from torch import Tensor
 
-from actors.group import Group, Rank, Timed, by_reference
+from actors.group import Group, Rank, RoleLost, Timed, by_reference, get_all, has_died
 from actors.placement import Cluster
 from actors.weights import TRANSPORTS, Publication, probe_gap
 from minigpt_ray.config import GeneratorConfig, SamplingConfig
@@ -151,25 +151,36 @@ class Generator(Group[GeneratorWorker]):
         self, cluster: Cluster, path: str, config: GeneratorConfig, max_model_len: int, tensor_parallel: int, seed: int, probe_tolerance: float = 0.0
     ) -> None:
         """`path`: the checkpoint that engines are built from; `max_model_len`: longest prompt and response together."""
-        self._cluster, self._seed, self._restarts_left = cluster, seed, config.restart_limit
+        self._seed = seed
         self._tensor_parallel, self._sleeps, self._asleep = tensor_parallel, config.sleep_between_phases, False
-        self._build_args = (path, config, max_model_len, tensor_parallel, seed, probe_tolerance)
         self._publication: Publication | None = None
         self.version = -1
-        self.restarts = 0
         self.received: list[Received] = []
-        super().__init__(cluster.hosts("generator", form_group=False), "generator", GeneratorWorker, *self._build_args)
+        options = (config, max_model_len, tensor_parallel, seed, probe_tolerance)
+        super().__init__(cluster, "generator", GeneratorWorker, path, *options, restarts=config.restart_limit)
 
     def receive(self, publication: Publication) -> None:
         """Every worker loads and proves a publication before it generates again."""
         self._publication, self.version = publication, publication.version
-        self.received = self._deliver(self.hosts, publication)
+        self.received = self._deliver(range(len(self.hosts)))
 
-    def _deliver(self, hosts: Sequence[Any], publication: Publication) -> list[Received]:
-        """Workers load and prove a publication, and are awake."""
-        publications, sending = TRANSPORTS[publication.transport].dispatch(publication, hosts, self._tensor_parallel)
-        calls = [host.call.remote(self.role, GeneratorWorker.receive, (by_reference(mine),)) for host, mine in zip(hosts, publications, strict=True)]
-        timed = ray.get([*calls, *sending])[: len(calls)]
+    def _deliver(self, workers: Sequence[int]) -> list[Received]:
+        """Workers load and prove the current publication, and are awake; one that dies at it is replaced, and all load it again."""
+        publication = self._publication
+        assert publication is not None
+        while True:
+            hosts = [self.hosts[worker] for worker in workers]
+            publications, sending = TRANSPORTS[publication.transport].dispatch(publication, hosts, self._tensor_parallel)
+            calls = [host.call.remote(self.role, GeneratorWorker.receive, (by_reference(mine),)) for host, mine in zip(hosts, publications, strict=True)]
+            try:
+                timed = get_all([*calls, *sending])[: len(calls)]
+                break
+            except ray.exceptions.RayActorError as death:
+                dead = [worker for worker, call in zip(workers, calls, strict=True) if has_died(call)]
+                if not dead:
+                    raise RoleLost("policy") from death  # the sender
+                for worker in dead:
+                    self._start_anew(worker, death)
         self.usage.busy_seconds += max(t.seconds for t in timed)
         self._asleep = False
         return [t.value for t in timed]
@@ -192,7 +203,7 @@ class Generator(Group[GeneratorWorker]):
         current publication again if they are asked for more before the next one.
         """
         if self._asleep and self._publication is not None:
-            self._deliver(self.hosts, self._publication)
+            self._deliver(range(len(self.hosts)))
         finished: dict[int, list[Rollout]] = {}
         for position, answers in self._groups(prompts, sampling):
             finished[position] = [_rollout(prompts[position], sample, answer, self.version) for sample, answer in enumerate(answers)]
@@ -236,19 +247,22 @@ class Generator(Group[GeneratorWorker]):
         self.usage.busy_seconds += max(seconds)
         self.usage.memory_bytes = sum(memory)
 
-    def _replace(self, index: int, death: Exception) -> None:
+    def _replace(self, worker: int, death: Exception) -> None:
         """Start a worker in the place of a dead one and bring it to the current version."""
+        self._start_anew(worker, death)
+        if self._publication is None:
+            ray.get(self.hosts[worker].call.remote(self.role, GeneratorWorker.load_checkpoint, (self.version,)))
+        else:
+            self._deliver([worker])
+
+    def _start_anew(self, worker: int, death: Exception) -> None:
         if self._restarts_left == 0:
             raise RuntimeError("a generator worker died and generator.restart_limit is used up; see the worker's log for the cause") from death
         self._restarts_left -= 1
         self.restarts += 1
-        logger.warning("generator worker %d died; a new one takes its place and its prompts", index)
-        self.hosts[index] = host = self._cluster.host("generator", index)
-        ray.get(host.build.remote(self.role, GeneratorWorker, *self._build_args))
-        if self._publication is None:
-            ray.get(host.call.remote(self.role, GeneratorWorker.load_checkpoint, (self.version,)))
-        else:
-            self._deliver([host], self._publication)
+        logger.warning("generator worker %d died; a new one takes its place and its prompts", worker)
+        self.hosts[worker] = self.cluster.host(self.role, worker)
+        ray.get(self.hosts[worker].build.remote(self.role, self._build, *self._args))
 
     def metrics(self) -> dict[str, float]:
         """About the last publication and the workers' health."""
@@ -259,7 +273,6 @@ class Generator(Group[GeneratorWorker]):
             "weights/publish_bytes": float(self._publication.num_bytes),
             "weights/probe_gap": max(r.probe_gap for r in self.received),
             "weights/receive_s": max(r.seconds for r in self.received),
-            "restarts/generator": float(self.restarts),
         }
 
 

@@ -5,16 +5,24 @@ rank objects, of one role or of several that share it. A Group is the role as th
 never its name, and gets a Pending back.
 """
 
+import logging
 import os
 import socket
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 import psutil
 import ray
+
+if TYPE_CHECKING:
+    from actors.placement import Cluster
+
+logger = logging.getLogger(__name__)
+GRACE_SECONDS = 5.0
+"""How long, after a rank failed, another one's death may take to show: a collective breaks before Ray reports the process that broke it."""
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -64,6 +72,10 @@ class RankHost:
         with socket.socket() as probe:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def whereabouts(self) -> dict[str, Any]:
+        """Where this process is."""
+        return {"rank": self.rank.index, "host": ray.util.get_node_ip_address(), "pid": os.getpid(), "device": self.device_name()}
 
     def device_name(self) -> str:
         """`cpu`, or the name of this process's GPU."""
@@ -159,29 +171,73 @@ class Usage:
     """Of all its ranks together."""
 
 
+class RoleLost(RuntimeError):
+    """A process of a role died, and the role cannot be brought back without its state."""
+
+    def __init__(self, role: str) -> None:
+        super().__init__(f"a process of {role} died")
+        self.role = role
+
+
 class Group(Generic[R]):
     """One role on its ranks."""
 
-    def __init__(self, hosts: Sequence[Any], role: str, build: Callable[..., R], *args: Any) -> None:
-        """Builds the rank objects, all at the same time; `ready` waits for them."""
-        self.hosts, self.role = list(hosts), role
+    def __init__(self, cluster: "Cluster", role: str, build: Callable[..., R], *args: Any, form_group: bool = False, restarts: int = 0) -> None:
+        """Starts to build the rank objects, all at the same time; `ready` waits for them.
+
+        form_group: the ranks join one process group. restarts: how often the processes are replaced when one of them dies,
+        and the call repeated, which suits roles that keep no state; else, and after that, the caller gets a RoleLost.
+        """
+        self.cluster, self.role, self._form_group = cluster, role, form_group
+        self._build, self._args = build, args
+        self._restarts_left, self.restarts = restarts, 0
         self.usage = Usage()
-        self._building = [host.build.remote(role, build, *args) for host in hosts]
+        self.start()
+
+    def start(self) -> None:
+        """Start processes and build the rank objects in them."""
+        self.hosts = self.cluster.hosts(self.role, self._form_group)
+        self._building = [host.build.remote(self.role, self._build, *self._args) for host in self.hosts]
 
     def ready(self) -> None:
         ray.get(self._building)
 
     def each(self, method: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> Pending[list[T]]:
         """The method on every rank, each with arguments of its own; results in rank order."""
-        refs = [host.call.remote(self.role, method, tuple(map(by_reference, args))) for host, args in zip(self.hosts, arguments, strict=True)]
+
+        def submit() -> list[Any]:
+            return [host.call.remote(self.role, method, tuple(map(by_reference, args))) for host, args in zip(self.hosts, arguments, strict=True)]
+
+        refs = submit()
 
         def result() -> list[T]:
-            timed = ray.get(refs)
+            nonlocal refs
+            while True:
+                try:
+                    timed = get_all(refs)
+                    break
+                except ray.exceptions.RayActorError as death:
+                    self._revive(death)
+                    refs = submit()
             self.usage.busy_seconds += max(t.seconds for t in timed)
             self.usage.memory_bytes = sum(t.memory_bytes for t in timed)
             return [t.value for t in timed]
 
         return Pending(result)
+
+    def _revive(self, death: Exception) -> None:
+        if self._restarts_left == 0:
+            raise RoleLost(self.role) from death
+        self._restarts_left -= 1
+        logger.warning("a process of %s died; the role is started again and the call repeated", self.role)
+        self.restart()
+
+    def restart(self) -> None:
+        """End the processes, start new ones and wait until they are ready."""
+        self.restarts += 1
+        self.close()
+        self.start()
+        self.ready()
 
     def call(self, method: Callable[Concatenate[R, P], T], *args: P.args, **kwargs: P.kwargs) -> Pending[list[T]]:
         """The method on every rank, with the same arguments; one result per rank."""
@@ -199,6 +255,10 @@ class Group(Generic[R]):
     def device_name(self) -> str:
         return str(ray.get(self.hosts[0].device_name.remote()))
 
+    def whereabouts(self) -> list[dict[str, Any]]:
+        """Where each rank's process is."""
+        return ray.get([host.whereabouts.remote() for host in self.hosts])
+
     def close(self) -> None:
         """End the processes, so that their place is free."""
         for host in self.hosts:
@@ -209,6 +269,40 @@ class Group(Generic[R]):
         self.usage = Usage()
 
     def usage_metrics(self, seconds: float) -> dict[str, float]:
-        """Idle share (0 to 1) over the last `seconds`, in which the counting began, and resident memory in GiB."""
+        """Idle share (0 to 1) over the last `seconds`, in which the counting began, resident memory in GiB, and restarts."""
         usage = self.usage
-        return {f"time/idle_share/{self.role}": max(0.0, 1 - usage.busy_seconds / seconds), f"memory/{self.role}_gib": usage.memory_bytes / 2**30}
+        return {
+            f"time/idle_share/{self.role}": max(0.0, 1 - usage.busy_seconds / seconds),
+            f"memory/{self.role}_gib": usage.memory_bytes / 2**30,
+            f"restarts/{self.role}": float(self.restarts),
+        }
+
+
+def get_all(refs: Sequence[Any]) -> list[Timed]:
+    """Results in order. Raises as soon as one call fails: RayActorError when a process died, even if another rank was the first to notice."""
+    waiting = list(refs)
+    while waiting:
+        done, waiting = ray.wait(waiting, num_returns=1)
+        try:
+            ray.get(done)
+        except ray.exceptions.RayActorError:
+            raise
+        except Exception:
+            failed, _ = ray.wait(waiting, num_returns=len(waiting), timeout=GRACE_SECONDS) if waiting else ([], [])
+            dead = [ref for ref in failed if has_died(ref)]
+            if dead:
+                ray.get(dead)
+            raise
+    return ray.get(list(refs))
+
+
+def has_died(ref: Any) -> bool:
+    """Whether a call ended, now or within the grace, because its process died."""
+    done, _ = ray.wait([ref], timeout=GRACE_SECONDS)
+    try:
+        ray.get(done)
+    except ray.exceptions.RayActorError:
+        return True
+    except ray.exceptions.RayError:
+        return False
+    return False

@@ -104,11 +104,11 @@ class Policy(Group[PolicyRank]):
 
     def __init__(self, cluster: Cluster, config: PPOConfig) -> None:
         path = resolve_model(config.policy.init_from, config.run_dir)
-        hosts = cluster.hosts("policy", form_group=True)
         learning_steps = max(1, config.steps - config.algorithm.critic_warmup_steps)
         total_updates = learning_steps * config.updates_per_step
         temperature, transport = config.sampling.temperature, config.weights.transport
-        super().__init__(hosts, "policy", PolicyRank, path, config.policy, config.algorithm, temperature, total_updates, config.seed, transport)
+        options = (config.policy, config.algorithm, temperature, total_updates, config.seed, transport)
+        super().__init__(cluster, "policy", PolicyRank, path, *options, form_group=True)
         self._bucket_bytes = config.weights.bucket_mib << 20
 
     def logprobs(self, batch: RolloutBatch) -> Pending[Float[Tensor, "B T"]]:

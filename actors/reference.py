@@ -32,7 +32,7 @@ class Reference(Group[ReferenceRank]):
     def __init__(self, cluster: Cluster, config: PPOConfig) -> None:
         source = config.policy.init_from if config.reference.init_from == "policy" else config.reference.init_from
         path = resolve_model(source, config.run_dir)
-        super().__init__(cluster.hosts("reference", form_group=False), "reference", ReferenceRank, path, config.reference, config.sampling.temperature)
+        super().__init__(cluster, "reference", ReferenceRank, path, config.reference, config.sampling.temperature, restarts=config.restart_limit)
 
     def logprobs(self, batch: RolloutBatch) -> Pending[Float[Tensor, "B T"]]:
         return self.scatter(ReferenceRank.logprobs, batch, torch.cat)

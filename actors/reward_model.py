@@ -35,9 +35,9 @@ class RewardModelRank:
 class RewardModel(Group[RewardModelRank]):
     """One reward model as the driver sees it."""
 
-    def __init__(self, cluster: Cluster, name: str, source: ModelReward, run_dir: Path, policy_path: str) -> None:
+    def __init__(self, cluster: Cluster, name: str, source: ModelReward, run_dir: Path, policy_path: str, restarts: int) -> None:
         path = resolve_model(source.init_from, run_dir)
-        super().__init__(cluster.hosts(name, form_group=False), name, RewardModelRank, name, path, policy_path, source)
+        super().__init__(cluster, name, RewardModelRank, name, path, policy_path, source, restarts=restarts)
 
     def scores(self, batch: RolloutBatch) -> Pending[Float[Tensor, "B"]]:
         return self.scatter(RewardModelRank.scores, batch, torch.cat)

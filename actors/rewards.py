@@ -67,12 +67,12 @@ def _exact(rollouts: list[Rollout]) -> list[float]:
 class Rewards:
     """All reward sources as the driver sees them."""
 
-    def __init__(self, cluster: Cluster, sources: Mapping[str, AnyReward], run_dir: Path, policy_path: str) -> None:
+    def __init__(self, cluster: Cluster, sources: Mapping[str, AnyReward], run_dir: Path, policy_path: str, restarts: int = 0) -> None:
         functions = {name: source for name, source in sources.items() if not isinstance(source, ModelReward)}
         models = [(name, source) for name, source in sources.items() if isinstance(source, ModelReward)]
         self.weights = {name: source.weight for name, source in sources.items()}
-        self.functions = Group(cluster.hosts("rewards", form_group=False), "rewards", RewardFunctions, functions)
-        self.models = {name: RewardModel(cluster, f"reward_model_{i}", source, run_dir, policy_path) for i, (name, source) in enumerate(models)}
+        self.functions = Group(cluster, "rewards", RewardFunctions, functions, restarts=restarts)
+        self.models = {name: RewardModel(cluster, f"reward_model_{i}", source, run_dir, policy_path, restarts) for i, (name, source) in enumerate(models)}
 
     @property
     def groups(self) -> list[Group]:

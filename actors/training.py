@@ -1,19 +1,24 @@
-"""The course of a PPO run: which step is next, what is saved and restored, how fast it goes."""
+"""The course of a PPO run: which step is next, what is saved and restored, what happens when a learner is lost, how fast it goes."""
 
+import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from actors.critic import Critic
-from actors.group import Group, gather
+from actors.generator import Generator
+from actors.group import Group, RoleLost, gather
 from actors.placement import peak_flops
 from actors.policy import Policy
 from actors.preparation import Preparation
+from minigpt_ray.checkpoint import write_json_atomic
 from minigpt_ray.cli import write_resolved
 from minigpt_ray.data.prompts import PromptStream
 from minigpt_ray.flops import ppo_step_flops
 from minigpt_ray.rl.experience import RolloutBatch, TrainingState
-from minigpt_ray.tracking import Rates, Timer
+from minigpt_ray.tracking import Rates, Timer, Tracker
 
 
 class Terminated(Exception):
@@ -21,52 +26,74 @@ class Terminated(Exception):
 
 
 class Training:
-    """Steps, checkpoints and rates of one run.
+    """Steps, checkpoints and rates of one run."""
 
-    As a context it answers SIGTERM: the last whole step is committed, and the process ends with 0. While the models are
-    being changed that waits until the step is whole.
-    """
-
-    def __init__(self, ready: Preparation, policy: Policy, critic: Critic, roles: Sequence[Group]) -> None:
+    def __init__(self, ready: Preparation, tracker: Tracker, generator: Generator, policy: Policy, critic: Critic, others: Sequence[Group]) -> None:
         """Waits until every role is built, then goes on from the checkpoint of `ready`, or from the beginning."""
-        self.ready, self.config, self.policy, self.critic, self.roles = ready, ready.config, policy, critic, roles
-        for role in roles:
+        self.ready, self.config, self.tracker = ready, ready.config, tracker
+        self.generator, self.policy, self.critic = generator, policy, critic
+        self.roles: list[Group] = [generator, policy, critic, *others]
+        for role in self.roles:
             role.ready()
-        self.state = TrainingState(0, prompts_drawn=0, epoch=1, num_tokens_generated=0, kl_coef=self.config.algorithm.kl_coef, skipped_updates=0)
-        if ready.start is not None:
-            self.state = TrainingState(**ready.checkpoints.load_state(ready.start))
-            gather(policy.load(ready.start), critic.load(ready.start)).result()
-        self._saved = self.state.step
-        self._changing = self._asked_to_end = False
-        self.prompts = PromptStream(ready.prompts.prompts, self.config.seed, start=self.state.prompts_drawn)
         self.rates = Rates(self.config.steps, peak_flops(ready.roles, policy.device_name()))
+        self._rewinds_left = self.config.restart_limit
+        self._changing = self._asked_to_end = False
+        self._restore(ready.start)
 
-    def __enter__(self) -> "Training":
-        self._handler = signal.signal(signal.SIGTERM, self._terminate)
-        return self
+    def _restore(self, checkpoint: Path | None) -> None:
+        """Learners, state and prompts as they were at a checkpoint, or at the beginning; the generator gets the policy's weights."""
+        self.state = TrainingState(0, prompts_drawn=0, epoch=1, num_tokens_generated=0, kl_coef=self.config.algorithm.kl_coef, skipped_updates=0)
+        if checkpoint is not None:
+            self.state = TrainingState(**self.ready.checkpoints.load_state(checkpoint))
+            gather(self.policy.load(checkpoint), self.critic.load(checkpoint)).result()
+        self._saved = self.state.step
+        self.prompts = PromptStream(self.ready.prompts.prompts, self.config.seed, start=self.state.prompts_drawn)
+        self.generator.receive(self.policy.publish(self.state.step))
+        self._write_processes()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN if kind is Terminated else self._handler)
-        if kind is Terminated:
-            if self.state.step > 0:
-                self._save()
-            raise SystemExit(0)
+    def _write_processes(self) -> None:
+        """Keep processes.json up to date: which process of which host is which rank of which role."""
+        self._restarts_written = sum(role.restarts for role in self.roles)
+        roles = {role.role: role.whereabouts() for role in self.roles}
+        write_json_atomic(self.ready.directory / "processes.json", {"driver": os.getpid(), "roles": roles})
 
-    def _terminate(self, number: int, frame: object) -> None:
-        self._asked_to_end = True
-        if not self._changing:
-            raise Terminated
+    def run(self, step: Callable[[TrainingState], TrainingState]) -> None:
+        """Take the steps that are left.
+
+        When a learner's process dies, both learners start again from the newest checkpoint, and the prompts and the
+        metrics go back with them; RoleLost is raised once restart_limit is used up. At SIGTERM the last whole step is
+        committed and the process ends with 0: at once, or, while the models stand between two steps, after the step.
+        """
+        with self._answering_sigterm():
+            while self.state.step < self.config.steps:
+                for role in self.roles:
+                    role.reset_usage()
+                try:
+                    self._commit(step(self.state))
+                except RoleLost as lost:
+                    self._rewind(lost)
+
+    @contextmanager
+    def _answering_sigterm(self) -> Iterator[None]:
+        def terminate(number: int, frame: object) -> None:
+            self._asked_to_end = True
+            if not self._changing:
+                raise Terminated
+
+        handler = signal.signal(signal.SIGTERM, terminate)
+        try:
+            yield
+        except Terminated:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            self._save()
+            self.tracker.message(f"SIGTERM: step {self.state.step} is saved; checkpoint.resume=auto goes on from there")
+            raise SystemExit(0) from None
+        finally:
+            signal.signal(signal.SIGTERM, handler)
 
     def begin_update(self) -> None:
-        """From here to `commit` the models stand between two steps."""
+        """From here to the end of the step the models stand between two steps."""
         self._changing = True
-
-    def steps(self) -> Iterator[TrainingState]:
-        """The state before each step that is left."""
-        while self.state.step < self.config.steps:
-            for role in self.roles:
-                role.reset_usage()
-            yield self.state
 
     def metrics(self, state: TrainingState, batch: RolloutBatch, timer: Timer) -> dict[str, float]:
         """Progress, rates, and what every role was doing in the step that led to `state`."""
@@ -81,11 +108,16 @@ class Training:
             **{name: value for role in self.roles for name, value in role.usage_metrics(seconds).items()},
         }
 
-    def commit(self, state: TrainingState) -> None:
+    def _commit(self, state: TrainingState) -> None:
         """The step is complete; a checkpoint is written when one is due."""
         self.state = replace(state, prompts_drawn=self.prompts.drawn, epoch=self.prompts.epoch)
         if state.step % self.config.checkpoint.every == 0 or state.step == self.config.steps:
             self._save()
+        if sum(role.restarts for role in self.roles) != self._restarts_written:
+            self._write_processes()
+        self._end_change()
+
+    def _end_change(self) -> None:
         self._changing = False
         if self._asked_to_end:
             raise Terminated
@@ -100,3 +132,26 @@ class Training:
         write_resolved(self.config, directory)
         self.ready.checkpoints.commit(self.state.step)
         self._saved = self.state.step
+
+    def _rewind(self, lost: RoleLost) -> None:
+        """Start both learners, and whoever shares their processes, again from the newest checkpoint."""
+        placement = self.config.placement
+        learners = {placement.home("policy"), placement.home("critic")}
+        if placement.home(lost.role) not in learners or self._rewinds_left == 0:
+            raise lost
+        self._rewinds_left -= 1
+        self._changing = True
+        checkpoint = self.ready.checkpoints.latest()
+        step = 0 if checkpoint is None else self.ready.checkpoints.step_of(checkpoint)
+        self.tracker.message(f"{lost}; the learners start again and go on after step {step}")
+        groups = [role for role in self.roles if placement.home(role.role) in learners]
+        for group in groups:
+            group.close()
+        for group in groups:
+            group.start()
+        for group in groups:
+            group.ready()
+            group.restarts += 1
+        self._restore(checkpoint)
+        self.tracker.rewind(step)
+        self._end_change()

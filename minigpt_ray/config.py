@@ -516,6 +516,8 @@ class PPOConfig(JobConfig):
     """Weight publication."""
     placement: PlacementConfig = PlacementConfig()
     """Who runs where."""
+    restart_limit: NonNegativeInt = 3
+    """How often the processes of a role are replaced when one of them dies, before the run stops: those of a frozen role at once, the learners' together, from the newest checkpoint."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Held-out evaluation."""
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -123,7 +123,7 @@ def test_a_killed_worker_is_replaced_and_the_tokens_are_the_same(mortal: Generat
     assert gap(new, rollouts) < TOLERANCE
     assert all((r.weight_versions == 5).all() for r in rollouts)
     assert pids(mortal)[0] == first and pids(mortal)[1] != second
-    assert mortal.metrics()["restarts/generator"] == 1
+    assert mortal.usage_metrics(1.0)["restarts/generator"] == 1
 
     kill(mortal, 0)
     with pytest.raises(RuntimeError, match=r"a generator worker died and generator\.restart_limit is used up"):
@@ -147,7 +147,7 @@ def two_workers(ray_cluster: None, nano: Path) -> Iterator[Generator]:
 def generator(two_workers: Generator) -> Generator:
     """With the weights of the checkpoint that the engines were built from, whatever the test before has published."""
     if two_workers.version > 0:
-        two_workers.receive(published(load_causal(two_workers._build_args[0], "float32").eval(), version=0))
+        two_workers.receive(published(load_causal(two_workers._args[0], "float32").eval(), version=0))
     else:
         two_workers.use_checkpoint()
     return two_workers
@@ -224,7 +224,7 @@ def test_a_short_answer_is_handed_on_while_long_ones_are_still_written(generator
     """The stop string ends the first prompt's greedy answer at once; the others go on to the limit."""
     first = generator.generate(PROMPTS[:1], GREEDY)[0]
     alone = replace_sampling(GREEDY, max_tokens=1)
-    stop = load_tokenizer(generator._build_args[0]).decode(generator.generate(PROMPTS[:1], alone)[0].token_ids)
+    stop = load_tokenizer(generator._args[0]).decode(generator.generate(PROMPTS[:1], alone)[0].token_ids)
     others = [p for p in PROMPTS[1:] if stop not in generator.generate([p], replace_sampling(GREEDY, max_tokens=100))[0].text]
     assert stop and first.text.startswith(stop) and others
     arrivals = [

@@ -55,7 +55,7 @@ class Adder:
 def adders(ray_cluster: None) -> Iterator[Group[Adder]]:
     """Two ranks in processes of their own, with a process group."""
     with Cluster(PlacementConfig(), {"adder": RolePlacement(ranks=2)}) as cluster:
-        group = Group(cluster.hosts("adder", form_group=True), "adder", Adder, 10)
+        group = Group(cluster, "adder", Adder, 10, form_group=True)
         group.ready()
         yield group
 

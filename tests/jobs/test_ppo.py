@@ -48,7 +48,7 @@ LINE = re.compile(
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output directory with two runs that have been through prepare_data and SFT, and a user's reward function."""
     directory = tmp_path_factory.mktemp("home")
-    for run in ("whole", "killed"):
+    for run in ("whole", "killed", "unhurt"):
         assert prepare_data([str(CHECKOUT / "configs/debug/prepare_data.yaml"), f"output_dir={directory}", f"run={run}"]) == 0
         tokenizer = load_tokenizer(directory / run / "prepare_data" / "tokenizer")
         export(build_causal("nano", tokenizer, seed=0), tokenizer, directory / run / "sft" / "model")
@@ -271,7 +271,7 @@ def test_the_golden_curve(whole: Finished) -> None:
 
 def numbers(row: dict[str, float]) -> dict[str, float]:
     """A row without what the clock, the machine or the length of the run decides."""
-    passing = ("time/", "memory/", "system/", "weights/receive_s", "train/eta", "train/mfu")
+    passing = ("time/", "memory/", "system/", "restarts/", "weights/receive_s", "train/eta", "train/mfu")
     return {name: value for name, value in row.items() if not name.startswith(passing) and "per_second" not in name}
 
 
@@ -310,6 +310,46 @@ def test_a_resumed_run_keeps_cursor_counters_and_retention(whole: Finished, inte
     assert (state["step"], state["prompts_drawn"]) == (5, 40)
     samples = [[row for row in read_samples(run.directory / "samples.jsonl") if row["step"] <= 4] for run in (whole, resumed)]
     assert samples[0] == samples[1]
+
+
+# ------------------------------------------------------------------------------------------------- processes that die
+
+
+@pytest.fixture(scope="module")
+def wounded(home: Path) -> Finished:
+    """A run of which the reference is killed after step 1, the generator's worker after step 2, and the policy after step 3."""
+    directory = home / "wounded" / "ppo"
+    (home / "wounded").symlink_to(home / "unhurt")
+    process = subprocess.Popen(command(home, "run=wounded"), cwd=CHECKOUT, env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        for step, role in ((1, "reference"), (2, "generator"), (3, "policy")):
+            wait_for(process, lambda step=step: any(row["step"] == step and "train/epoch" in row for row in metrics_so_far(directory)))  # type: ignore[misc]
+            os.kill(json.loads((directory / "processes.json").read_text())["roles"][role][0]["pid"], signal.SIGKILL)
+        output = process.communicate(timeout=400)[0]
+        assert process.returncode == 0, output
+    finally:
+        process.kill()
+        process.wait()
+    return Finished(directory, output)
+
+
+@pytest.mark.slow
+def test_a_run_outlives_its_processes_with_the_numbers_of_one_that_lost_none(whole: Finished, wounded: Finished) -> None:
+    """To the bit, but for the generator's own logprobs, which depend on what else is in its batch."""
+    assert [row["step"] for row in wounded.rows] == [1, 2, 3, 4]
+    for mine, theirs in zip(wounded.rows, whole.rows, strict=True):
+        mine, theirs = numbers(mine), numbers(theirs)
+        for name in ("generator/logprob_gap_mean", "generator/logprob_gap_max"):
+            assert mine.pop(name) < 1e-3 and theirs.pop(name) < 1e-3
+        assert mine == theirs
+
+
+@pytest.mark.slow
+def test_what_died_is_counted_and_said(wounded: Finished) -> None:
+    last = wounded.rows[-1]
+    assert [last[f"restarts/{role}"] for role in ("reference", "generator", "policy", "critic", "rewards")] == [1, 1, 1, 1, 0]
+    assert "a process of policy died; the learners start again and go on after step 2" in wounded.output
+    assert "a process of reference died; the role is started again and the call repeated" in wounded.output
 
 
 # -------------------------------------------------------------------------------------------------- what is refused
