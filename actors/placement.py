@@ -44,9 +44,10 @@ def environment(threads: int) -> dict[str, Any]:
     }
 
 
-def roles_of(config: PlacementConfig, rewards: Mapping[str, AnyReward]) -> dict[str, RolePlacement]:
-    """The roles of a PPO job: each gets processes of its own."""
-    return {"generator": config.generator, "policy": config.policy, "critic": config.critic, "reference": config.reference, **_reward_roles(config, rewards)}
+def roles_of(config: PlacementConfig, rewards: Mapping[str, AnyReward], critic: bool = True) -> dict[str, RolePlacement]:
+    """The roles of a PPO job, with or without a critic: each gets processes of its own."""
+    learners = {"policy": config.policy, **({"critic": config.critic} if critic else {})}
+    return {"generator": config.generator, **learners, "reference": config.reference, **_reward_roles(config, rewards)}
 
 
 def roles_of_evaluation(config: PlacementConfig, rewards: Mapping[str, AnyReward]) -> dict[str, RolePlacement]:

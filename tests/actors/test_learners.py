@@ -63,9 +63,11 @@ def experience(logprobs: Tensor, advantages: Tensor | float, step: int = 0) -> E
         lengths=rollouts.lengths,
         response_mask=mask,
         logprobs=logprobs,
+        reference_logprobs=zeros,
         values=zeros,
         advantages=torch.where(mask, torch.as_tensor(advantages), zeros),
         returns=torch.where(mask, torch.randn(mask.shape), zeros),
+        kl_coef=0.1,
         step=step,
     )
 
