@@ -1,4 +1,4 @@
-"""The critic learner: values and value updates."""
+"""The critic learner: values and value updates; and what stands in its place where the estimator needs no critic."""
 
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from minigpt_ray.config import AlgorithmConfig, CriticConfig, PPOConfig
 from minigpt_ray.losses import clipped_value_loss
 from minigpt_ray.models import TokenValues, load_scalar, resolve_model
 from minigpt_ray.rl.experience import Experience, RolloutBatch
+from minigpt_ray.rl.metrics import value_metrics
 
 
 class CriticRank:
@@ -71,10 +72,42 @@ class Critic(Group[CriticRank]):
         return self.scatter(CriticRank.values, batch, torch.cat)
 
     def update(self, experience: Experience) -> Pending[dict[str, float]]:
-        return self.first(CriticRank.update, experience)
+        """One update; its metrics, and those of the values that it began with."""
+        return self.first(CriticRank.update, experience).then(lambda metrics: metrics | value_metrics(experience))
 
     def save(self, directory: Path) -> Pending[list[None]]:
         return self.call(CriticRank.save, directory)
 
     def load(self, directory: Path) -> Pending[list[None]]:
         return self.call(CriticRank.load, directory)
+
+
+class NoCritic(Critic):
+    """In the critic's place for an estimator that needs none: no process, values of 0, nothing to learn, save or measure."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        Group.__init__(self, cluster, "critic", CriticRank)
+
+    def start(self) -> None:
+        self.hosts, self._building = [], []
+
+    def values(self, batch: RolloutBatch) -> Pending[Float[Tensor, "B T+1"]]:
+        size, width = batch.token_ids.shape
+        return Pending.done(torch.zeros(size, width + 1))
+
+    def update(self, experience: Experience) -> Pending[dict[str, float]]:
+        return Pending.done({})
+
+    def save(self, directory: Path) -> Pending[list[None]]:
+        return Pending.done([])
+
+    def load(self, directory: Path) -> Pending[list[None]]:
+        return Pending.done([])
+
+    def usage_metrics(self, seconds: float) -> dict[str, float]:
+        return {}
+
+
+def start_critic(cluster: Cluster, config: PPOConfig) -> Critic:
+    """The critic, where the estimator uses one."""
+    return Critic(cluster, config) if config.algorithm.uses_critic else NoCritic(cluster)

@@ -33,7 +33,14 @@ class Update:
     lr: float
     """Learning rate of this step."""
     applied: bool
-    """False when a loss or gradient was not finite: nothing was changed."""
+    """False when a loss or gradient was not finite, or the update was stopped: nothing was changed."""
+    stopped: bool
+    """True when the caller stopped it on seeing its statistics."""
+
+
+def never(stats: dict[str, float]) -> bool:
+    """Stops no update."""
+    return False
 
 
 def import_deepspeed() -> ModuleType:
@@ -114,33 +121,40 @@ class Engine:
         self.engine.offload_states(include=[State.optim_states, State.hp_params])
         self._at_hand = False
 
-    def update(self, micro_batches: Sequence[M], loss: Callable[[nn.Module, M], tuple[Tensor, Stats]]) -> Update:
+    def update(
+        self, micro_batches: Sequence[M], loss: Callable[[nn.Module, M], tuple[Tensor, Stats]], stop: Callable[[dict[str, float]], bool] = never
+    ) -> Update:
         """One optimizer step over micro-batches; every rank must bring the same number of them.
 
         `loss` gives a sum divided by the global count, and statistics made the same way, so that micro-batches and
         ranks simply add. DeepSpeed averages gradients over ranks, hence the factor of the world size. When the loss
-        of any rank is not finite, the last loss is poisoned, so that every ZeRO stage refuses the update alike.
+        of any rank is not finite, the last loss is poisoned, so that every ZeRO stage refuses the update alike; and so when
+        `stop` says so of the summed statistics, which are the same on every rank.
         """
         with self.optimizer_at_hand():
-            return self._update(micro_batches, loss)
+            return self._update(micro_batches, loss, stop)
 
-    def _update(self, micro_batches: Sequence[M], loss: Callable[[nn.Module, M], tuple[Tensor, Stats]]) -> Update:
+    def _update(self, micro_batches: Sequence[M], loss: Callable[[nn.Module, M], tuple[Tensor, Stats]], stop: Callable[[dict[str, float]], bool]) -> Update:
         world = dist.get_world_size()
         stats: Stats = {}
+        summed: dict[str, float] = {}
+        stopped = False
         finite = torch.ones((), device=self.device)
         for index, micro_batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             self.engine.set_gradient_accumulation_boundary(last)
             value, parts = loss(self.engine, micro_batch)
             finite = finite * torch.isfinite(value.detach()).float()
+            stats = {name: stats.get(name, torch.zeros((), device=self.device)) + part.detach() for name, part in parts.items()}
             if last:
                 dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-                value = value if bool(finite) else value * math.nan
+                summed = all_reduce_sum(stats)
+                stopped = bool(finite) and stop(summed)
+                value = value if bool(finite) and not stopped else value * math.nan
             self.engine.backward(value * world)
-            stats = {name: stats.get(name, torch.zeros((), device=self.device)) + part.detach() for name, part in parts.items()}
         lr = float(self.engine.get_lr()[0])
         grad_norm, applied = self._step()
-        return Update(all_reduce_sum(stats), grad_norm, lr, applied)
+        return Update(summed, grad_norm, lr, applied, stopped)
 
     def _step(self) -> tuple[float, bool]:
         if self._norm_by_deepspeed:

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from actors.engine import Engine, Stats
+from actors.engine import Engine, Stats, Update, never
 from actors.group import Rank
 from minigpt_ray.config import AlgorithmConfig
 from minigpt_ray.rl.batching import micro_batches, mini_batches
@@ -20,13 +21,17 @@ class Learnt:
     """What the PPO epochs of one step came to."""
 
     stats: dict[str, float]
-    """Token means over the mini-batches of the last epoch; nan when all of them were refused."""
+    """Token means over the updates of the last epoch in which there was one; nan without any."""
     grad_norm: float
-    """Mean over those mini-batches, before clipping."""
+    """Mean over those updates, before clipping."""
     lr: float
     """Of the last optimizer step."""
+    updates: int
+    """Updates that were applied."""
     skipped: int
     """Updates refused because a loss or gradient was not finite."""
+    stopped: bool
+    """Whether `stop` ended the step before its last mini-batch was learnt from."""
 
 
 def learn(
@@ -37,38 +42,43 @@ def learn(
     budget: int,
     seed: int,
     loss: Callable[[nn.Module, Experience, int], tuple[Tensor, Stats]],
+    stop: Callable[[dict[str, float]], bool] = never,
 ) -> Learnt:
     """PPO epochs and mini-batches. Mini-batches are chosen globally; only then are their rows dealt out to ranks.
 
+    `stop` sees the token means of a mini-batch over all ranks; when it says so, that update and those after it are not made.
     Raises FloatingPointError when an update is refused and `non_finite` is `stop`; nothing has been changed by it.
     """
-    sums: dict[str, float] = {}
-    tokens = skipped = 0
-    grad_norms: list[float] = []
-    lr = 0.0
-    for epoch in range(algorithm.ppo_epochs):
-        for rows in mini_batches(len(experience), algorithm.mini_batch_size, seed, experience.step, epoch):
-            index = torch.from_numpy(rows)
-            num_tokens = max(1, int(experience.response_mask[index].sum()))
-            plan = micro_batches(experience.lengths[index].tolist(), budget, rank.world)[rank.index]
-            parts = [_part(experience, index, positions, engine.device) for positions in plan]
-            update = engine.update(parts, lambda model, part: loss(model, part, num_tokens))  # noqa: B023
-            lr = update.lr
-            if not update.applied:
-                skipped += 1
-                if algorithm.non_finite == "stop":
-                    raise FloatingPointError(
-                        f"step {experience.step}, PPO epoch {epoch}: a loss or gradient is not finite and no update was applied; lower the learning rate, or set algorithm.non_finite=skip to go on"
-                    )
-            counts = update.applied and epoch == algorithm.ppo_epochs - 1
-            if counts:
-                grad_norms.append(update.grad_norm)
-                tokens += num_tokens
-            for name, value in update.stats.items():
-                sums[name] = sums.get(name, 0.0) + (value * num_tokens if counts else 0.0)
-    if not grad_norms:
-        return Learnt(dict.fromkeys(sums, math.nan), math.nan, lr, skipped)
-    return Learnt({name: value / tokens for name, value in sums.items()}, sum(grad_norms) / len(grad_norms), lr, skipped)
+    applied: list[tuple[int, int, Update]] = []  # epoch, tokens, what was done
+    skipped, update = 0, None
+    chosen = partial(mini_batches, len(experience), algorithm.mini_batch_size, seed, experience.step)
+    for epoch, rows in [(i, rows) for i in range(algorithm.ppo_epochs) for rows in chosen(i)]:
+        index = torch.from_numpy(rows)
+        num_tokens = max(1, int(experience.response_mask[index].sum()))
+        plan = micro_batches(experience.lengths[index].tolist(), budget, rank.world)[rank.index]
+        parts = [_part(experience, index, positions, engine.device) for positions in plan]
+        update = engine.update(parts, lambda model, part: loss(model, part, num_tokens), stop)  # noqa: B023
+        if update.stopped:
+            break
+        if update.applied:
+            applied.append((epoch, num_tokens, update))
+        else:
+            skipped += 1
+            if algorithm.non_finite == "stop":
+                raise FloatingPointError(
+                    f"step {experience.step}, PPO epoch {epoch}: a loss or gradient is not finite and no update was applied; lower the learning rate, or set algorithm.non_finite=skip to go on"
+                )
+    assert update is not None
+    last = [(count, made) for epoch, count, made in applied if epoch == applied[-1][0]]
+    tokens = sum(count for count, _ in last)
+    return Learnt(
+        stats={name: sum(made.stats[name] * count for count, made in last) / tokens if last else math.nan for name in update.stats},
+        grad_norm=sum(made.grad_norm for _, made in last) / len(last) if last else math.nan,
+        lr=(applied[-1][2] if applied else update).lr,
+        updates=len(applied),
+        skipped=skipped,
+        stopped=update.stopped,
+    )
 
 
 def _part(experience: Experience, index: Tensor, positions: list[int], device: torch.device) -> Experience:

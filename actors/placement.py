@@ -45,9 +45,10 @@ def environment(threads: int) -> dict[str, Any]:
     }
 
 
-def roles_of(config: PlacementConfig, rewards: Mapping[str, AnyReward]) -> dict[str, RolePlacement]:
-    """The roles of a PPO job that have processes of their own; the others live in theirs."""
-    roles = {"generator": config.generator, "policy": config.policy, "critic": config.critic, "reference": config.reference, **_reward_roles(config, rewards)}
+def roles_of(config: PlacementConfig, rewards: Mapping[str, AnyReward], critic: bool = True) -> dict[str, RolePlacement]:
+    """The roles of a PPO job, with or without a critic, that have processes of their own; the others live in theirs."""
+    learners = {"policy": config.policy, **({"critic": config.critic} if critic else {})}
+    roles = {"generator": config.generator, **learners, "reference": config.reference, **_reward_roles(config, rewards)}
     return {name: role for name, role in roles.items() if config.home(name) == name}
 
 

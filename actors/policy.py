@@ -13,7 +13,7 @@ from actors.learner import learn
 from actors.placement import Cluster
 from actors.weights import TRANSPORTS, Probe, Publication, probe_tokens
 from minigpt_ray.config import AlgorithmConfig, PolicyConfig, PPOConfig
-from minigpt_ray.losses import clipped_policy_loss
+from minigpt_ray.losses import policy_loss
 from minigpt_ray.models import TokenLogprobs, export, load_causal, resolve_model
 from minigpt_ray.rl.experience import Experience, RolloutBatch
 from minigpt_ray.tokenizer import load_tokenizer
@@ -51,25 +51,29 @@ class PolicyRank:
     def update(self, experience: Experience) -> dict[str, float]:
         """PPO epochs over the experience; metrics are token means over the mini-batches of the last epoch."""
         if experience.step < self.algorithm.critic_warmup_steps:
-            return dict.fromkeys(("train/actor_loss", "train/kl", "train/actor_grad_norm", "train/actor_lr", "policy/skipped_updates"), 0.0)
+            train = ("train/actor_loss", "train/kl", "train/actor_grad_norm", "train/actor_lr")
+            return dict.fromkeys((*train, "policy/updates", "policy/skipped_updates", "policy/early_stopped"), 0.0)
         self.model.train()
         with self.engine.optimizer_at_hand():
-            learnt = learn(self.engine, self.rank, experience, self.algorithm, self.config.micro_batch_tokens, self.seed, self._loss)
+            learnt = learn(self.engine, self.rank, experience, self.algorithm, self.config.micro_batch_tokens, self.seed, self._loss, self._too_far)
         return {
             "train/actor_loss": learnt.stats.pop("actor_loss"),
             "train/kl": learnt.stats.pop("kl"),
             "train/actor_grad_norm": learnt.grad_norm,
             "train/actor_lr": learnt.lr,
+            "policy/updates": float(learnt.updates),
             "policy/skipped_updates": float(learnt.skipped),
+            "policy/early_stopped": float(learnt.stopped),
             **{f"policy/{name}": value for name, value in learnt.stats.items()},
         }
 
     def _loss(self, model: nn.Module, part: Experience, num_tokens: int) -> tuple[Tensor, Stats]:
         logprobs, entropy = model(part.token_ids, part.response_mask, self.temperature)
-        loss = clipped_policy_loss(
-            logprobs, part.logprobs, part.advantages, part.response_mask, num_tokens, self.algorithm.clip, entropy, self.algorithm.entropy_coef
-        )
+        loss = policy_loss(logprobs, entropy, part, num_tokens, self.algorithm)
         return loss.loss, loss.stats
+
+    def _too_far(self, stats: dict[str, float]) -> bool:
+        return self.algorithm.kl_stop is not None and stats["kl"] > self.algorithm.kl_stop
 
     def publish(self, version: int, bucket_bytes: int) -> Publication | None:
         """Make the weights known to the generator; rank 0 returns the publication, the others take part in gathering."""

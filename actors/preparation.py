@@ -45,7 +45,7 @@ class Preparation:
 
     @property
     def roles(self) -> dict[str, RolePlacement]:
-        return roles_of(self.config.placement, self.config.rewards)
+        return roles_of(self.config.placement, self.config.rewards, self.config.algorithm.uses_critic)
 
     @property
     def max_model_len(self) -> int:
@@ -59,7 +59,8 @@ class Preparation:
         policy = self._shape(self.config.policy.init_from)
         assert policy.vocab_size is not None
         rewards = tuple(self._shape(source.init_from) for source in self.config.rewards.values() if isinstance(source, ModelReward))
-        return PPOShapes(policy, self._shape(self.config.critic.init_from), self._shape(self.config.reference.init_from), rewards, policy.vocab_size)
+        critic = self._shape(self.config.critic.init_from) if self.config.algorithm.uses_critic else None
+        return PPOShapes(policy, critic, self._shape(self.config.reference.init_from), rewards, policy.vocab_size)
 
     def _shape(self, init_from: str) -> ModelShape:
         return ModelShape.from_config_json(config_json(self.policy_path if init_from == "policy" else resolve_model(init_from, self.config.run_dir)))

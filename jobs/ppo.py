@@ -15,7 +15,7 @@ from minigpt_ray.config import PPOConfig
 def train(config: PPOConfig) -> None:
     """Run PPO from the newest checkpoint (checkpoint.resume=auto) or from the beginning."""
     from actors.collection import collect
-    from actors.critic import Critic
+    from actors.critic import start_critic
     from actors.evaluation import log_evaluation, sample_row
     from actors.generator import Generator
     from actors.group import Pending, gather
@@ -36,7 +36,7 @@ def train(config: PPOConfig) -> None:
     with cluster, ready.tracker() as tracker:
         tensor_parallel, tolerance = config.placement.generator.tensor_parallel, config.weights.probe_tolerance
         generator = Generator(cluster, ready.policy_path, config.generator, ready.max_model_len, tensor_parallel, config.seed, tolerance)
-        policy, critic, reference = Policy(cluster, config), Critic(cluster, config), Reference(cluster, config)
+        policy, critic, reference = Policy(cluster, config), start_critic(cluster, config), Reference(cluster, config)
         rewards = Rewards(cluster, config.rewards, config.run_dir, ready.policy_path, config.restart_limit)
 
         def score(rollouts: list[Rollout]) -> Pending[Scores]:

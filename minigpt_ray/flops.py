@@ -39,9 +39,13 @@ def forward_flops(shape: ModelShape, outputs: int, lengths: Sequence[int], num_o
     return linear_flops(shape, sum(lengths)) + attention_flops(shape, pairs) + head_flops(shape, outputs, num_outputs_at)
 
 
+TRAINING = 3
+"""Forward and backward over forward: the backward pass has two matrix products for each one of the forward pass."""
+
+
 def training_flops(shape: ModelShape, outputs: int, lengths: Sequence[int], num_outputs_at: int) -> int:
-    """Forward and backward; the backward pass has two matrix products for each one of the forward pass."""
-    return 3 * forward_flops(shape, outputs, lengths, num_outputs_at)
+    """Forward and backward."""
+    return TRAINING * forward_flops(shape, outputs, lengths, num_outputs_at)
 
 
 def generation_flops(shape: ModelShape, vocab_size: int, prompt_lengths: Sequence[int], lengths: Sequence[int]) -> int:
@@ -57,7 +61,8 @@ class PPOShapes:
     """The models that take part in a PPO step; the reference and the policy share a vocabulary."""
 
     policy: ModelShape
-    critic: ModelShape
+    critic: ModelShape | None
+    """None where the estimator needs none."""
     reference: ModelShape
     reward_models: tuple[ModelShape, ...]
     vocab_size: int
@@ -71,14 +76,12 @@ def ppo_step_flops(shapes: PPOShapes, prompt_lengths: Sequence[int], lengths: Se
     counted at the policy's lengths.
     """
     responses = sum(lengths) - sum(prompt_lengths)
-    estimates = responses + len(lengths)
     generator = generation_flops(shapes.policy, shapes.vocab_size, prompt_lengths, lengths)
     policy = forward_flops(shapes.policy, shapes.vocab_size, lengths, responses)
     reference = forward_flops(shapes.reference, shapes.vocab_size, lengths, responses)
-    critic = forward_flops(shapes.critic, 1, lengths, estimates)
+    critic = 0 if shapes.critic is None else forward_flops(shapes.critic, 1, lengths, responses + len(lengths))
     rewards = sum(forward_flops(shape, 1, lengths, len(lengths)) for shape in shapes.reward_models)
-    training = training_flops(shapes.policy, shapes.vocab_size, lengths, responses) + training_flops(shapes.critic, 1, lengths, estimates)
-    return generator + policy + reference + critic + rewards + ppo_epochs * training
+    return generator + policy + reference + critic + rewards + ppo_epochs * TRAINING * (policy + critic)
 
 
 def mfu_percent(flops: float, seconds: float, peak: float) -> float:

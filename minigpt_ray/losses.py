@@ -11,7 +11,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from minigpt_ray.rl.kl import k3
+from minigpt_ray.config import AlgorithmConfig
+from minigpt_ray.rl.experience import Experience
+from minigpt_ray.rl.kl import KL_ESTIMATORS, k3
 
 
 def align(x: Float[Tensor, "B T *rest"]) -> Float[Tensor, "B T+1 *rest"]:
@@ -39,37 +41,64 @@ class Loss:
     """Detached, by name."""
 
 
+def policy_loss(logprobs: Float[Tensor, "B T"], entropy: Float[Tensor, "B T"], experience: Experience, num_tokens: int, algorithm: AlgorithmConfig) -> Loss:
+    """What the policy minimises: the clipped surrogate loss - entropy_coef * entropy, and with kl_in=loss + kl_coef * KL to the reference."""
+    mask = experience.response_mask
+    surrogate = clipped_policy_loss(
+        logprobs, experience.logprobs, experience.advantages, mask, num_tokens, algorithm.clip_low, algorithm.clip_high, algorithm.dual_clip
+    )
+    mean_entropy = token_mean(torch.where(mask, entropy, 0), num_tokens)
+    loss, stats = surrogate.loss - algorithm.entropy_coef * mean_entropy, surrogate.stats | {"entropy": mean_entropy.detach()}
+    if algorithm.kl_in == "loss":
+        kl = kl_loss(logprobs, experience.reference_logprobs, mask, num_tokens, algorithm.kl_estimator)
+        loss, stats = loss + experience.kl_coef * kl, stats | {"kl_loss": kl.detach()}
+    return Loss(loss, {"actor_loss": loss.detach(), **stats})
+
+
 def clipped_policy_loss(
     logprobs: Float[Tensor, "B T"],
     old_logprobs: Float[Tensor, "B T"],
     advantages: Float[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
     num_tokens: int,
-    clip: float,
-    entropy: Float[Tensor, "B T"],
-    entropy_coef: float,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
 ) -> Loss:
-    """Clipped surrogate loss (arXiv:1707.06347) with an entropy bonus, summed over tokens and divided by num_tokens.
+    """Clipped surrogate loss (arXiv:1707.06347), summed over tokens and divided by num_tokens.
 
-    -min(ratio * A, clamp(ratio, 1 - clip, 1 + clip) * A) - entropy_coef * entropy, ratio = exp(logprobs - old_logprobs).
+    -min(ratio * A, clamp(ratio, 1 - clip_low, 1 + clip_high) * A), ratio = exp(logprobs - old_logprobs); for A < 0 at most
+    -dual_clip * A (arXiv:1912.09729), None: without bound.
 
     The KL is KL(old || new) by k3 on tokens that the old policy drew: ratio - 1 - log(ratio), unbiased and never negative.
-    A token counts as clipped where the clip is what stops its gradient: low for A < 0, high for A > 0.
+    A token counts as clipped where the clip is what stops its gradient: low and dual for A < 0, high for A > 0.
     """
-    logprobs, old_logprobs, advantages, entropy = (torch.where(mask, x, 0) for x in (logprobs, old_logprobs, advantages, entropy))
+    logprobs, old_logprobs, advantages = (torch.where(mask, x, 0) for x in (logprobs, old_logprobs, advantages))
     ratio = (logprobs - old_logprobs).exp()
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-    loss = token_mean(-surrogate - entropy_coef * entropy, num_tokens)
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    if dual_clip is not None:
+        surrogate = torch.where(advantages < 0, torch.maximum(surrogate, dual_clip * advantages), surrogate)
     ratio = ratio.detach()
     stats = {
-        "actor_loss": loss.detach(),
         "kl": token_mean(k3(old_logprobs, logprobs.detach()), num_tokens),
-        "entropy": token_mean(entropy.detach(), num_tokens),
         "ratio_mean": token_mean(torch.where(mask, ratio, 0), num_tokens),
-        "clip_fraction_low": token_mean(((ratio < 1 - clip) & (advantages < 0)).float(), num_tokens),
-        "clip_fraction_high": token_mean(((ratio > 1 + clip) & (advantages > 0)).float(), num_tokens),
+        "clip_fraction_low": token_mean(((ratio < 1 - clip_low) & (advantages < 0)).float(), num_tokens),
+        "clip_fraction_high": token_mean(((ratio > 1 + clip_high) & (advantages > 0)).float(), num_tokens),
     }
-    return Loss(loss, stats)
+    if dual_clip is not None:
+        stats["clip_fraction_dual"] = token_mean(((ratio > dual_clip) & (advantages < 0)).float(), num_tokens)
+    return Loss(token_mean(-surrogate, num_tokens), stats)
+
+
+def kl_loss(
+    logprobs: Float[Tensor, "B T"], reference_logprobs: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], num_tokens: int, estimator: str
+) -> Float[Tensor, ""]:
+    """KL(policy || reference) as the estimator sees it, summed over tokens and divided by num_tokens.
+
+    On tokens that the policy drew; those that it drew before the step's earlier updates count alike, without a ratio.
+    """
+    logprobs, reference_logprobs = (torch.where(mask, x, 0) for x in (logprobs, reference_logprobs))
+    return token_mean(KL_ESTIMATORS[estimator](logprobs, reference_logprobs), num_tokens)
 
 
 def clipped_value_loss(

@@ -61,7 +61,7 @@ def estimate(config: PPOConfig | EvaluateConfig) -> list[RoleMemory]:
     roles = [
         _generator(config, config.policy.init_from, policy),
         _learner("policy", place.policy, config.policy, policy, scalar_head=False),
-        _learner("critic", place.critic, config.critic, shape_of(config.critic.init_from), scalar_head=True),
+        *([_learner("critic", place.critic, config.critic, shape_of(config.critic.init_from), scalar_head=True)] if config.algorithm.uses_critic else []),
         _frozen("reference", place.reference, config.reference, shape_of(config.reference.init_from), scalar_head=False),
         *(_frozen(f"reward_model_{i}", place.reward_model, model, shape_of(model.init_from), scalar_head=True) for i, model in enumerate(models)),
         RoleMemory("rewards", RolePlacement(), None, {"process": PROCESS_GIB["rewards"]}),

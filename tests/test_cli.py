@@ -107,6 +107,12 @@ def test_text_that_looks_like_a_number_survives_the_round_trip(tmp_path):
         (["rewards.m={kind: model}"], ["rewards.m.init_from: is missing"]),
         (["rewards.verifier.wait=1"], ["rewards.verifier.wait: unknown field"]),
         (["algorithm.mini_batch_size=60"], ["use a divisor of 64", "override algorithm.mini_batch_size=60"]),
+        (["algorithm.estimator=rloo"], ["algorithm.estimator=rloo compares the samples of a prompt, but sampling.n=1; set it to at least 2"]),
+        (["algorithm.estimator=grpo", "algorithm.truncated=bootstrap"], ["algorithm: truncated=bootstrap needs a critic's estimate, but estimator=grpo"]),
+        (["algorithm.estimator=rloo", "algorithm.critic_warmup_steps=3"], ["critic_warmup_steps=3 waits for a critic, but estimator=rloo starts none"]),
+        (["algorithm.kl_in=loss"], ["kl_in=loss with kl_estimator=k1 has no gradient on average; set kl_estimator=k2 or k3, or kl_in=reward"]),
+        (["algorithm.kl_target=0.1", "algorithm.kl_coef=0"], ["kl_target=0.1 adapts kl_coef by a factor, and kl_coef=0 stays 0; start from"]),
+        (["algorithm.dual_clip=1"], ["algorithm.dual_clip=1"]),
         (["policy.offload_optimizer=true", "policy.zero_stage=0"], ["policy: offload_optimizer=true needs", "override policy.zero_stage=0"]),
         (["policy.optimizer.betas=[1]"], ["policy.optimizer.betas"]),
         (["--steps=3"], ["--steps=3: unknown option; overrides have no dashes: steps=3"]),
@@ -143,6 +149,13 @@ def test_a_mistake_in_a_file_names_the_line(file, text, parts):
         read_config(PPOConfig, [file(text)])
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_what_a_critic_would_need_is_not_asked_where_there_is_none():
+    asked = ["placement.critic.ranks=128", "critic.offload_optimizer=true"]
+    with pytest.raises(ConfigError, match=r"placement\.critic\.ranks=128"):
+        read_config(PPOConfig, asked)
+    assert not read_config(PPOConfig, [*asked, "algorithm.estimator=reinforce++"]).algorithm.uses_critic
 
 
 def test_an_empty_file_changes_nothing(file):

@@ -89,6 +89,12 @@ def test_a_step_counts_every_role() -> None:
     assert ppo_step_flops(shapes, [3], [5], ppo_epochs=2) == generate + score + judge + 2 * learn
 
 
+def test_without_a_critic_its_passes_do_not_count() -> None:
+    shape = PRESETS["nano"]
+    with_critic, without = (ppo_step_flops(PPOShapes(shape, critic, shape, (), VOCAB), [3], [5], ppo_epochs=2) for critic in (shape, None))
+    assert with_critic - without == 7 * forward_flops(shape, 1, [5], 3)
+
+
 def test_flops_of_a_step_add_up_over_its_rollouts() -> None:
     shape = PRESETS["nano"]
     shapes = PPOShapes(shape, shape, shape, (), VOCAB)

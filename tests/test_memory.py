@@ -67,6 +67,11 @@ def test_a_role_in_the_processes_of_another_costs_no_process_of_its_own(run):
     assert placement_table(list(after.values())).columns[2].footer == "3"
 
 
+def test_an_estimator_without_a_critic_needs_no_memory_for_one(run):
+    names = [role.name for role in estimate(read_config(PPOConfig, [*run, "algorithm.estimator=rloo", "sampling.n=2"]))]
+    assert names == ["generator", "policy", "reference", "rewards"]
+
+
 def test_before_the_model_exists_the_memory_is_unknown(tmp_path):
     roles = estimate(read_config(PPOConfig, [f"output_dir={tmp_path}"]))
     assert [role.name for role in roles if role.gib is not None] == ["rewards"]

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from minigpt_ray.config import AlgorithmConfig
 from minigpt_ray.evaluation import evaluation_metrics
-from minigpt_ray.losses import clipped_policy_loss, clipped_value_loss
+from minigpt_ray.losses import clipped_value_loss, policy_loss
+from minigpt_ray.rl.experience import Experience
 from minigpt_ray.tracking import Rates
 
 FIXED = [
@@ -68,7 +70,8 @@ def test_rates_and_evaluations_are_documented() -> None:
 
 def test_statistics_of_the_losses_are_documented() -> None:
     x, mask = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
-    policy = clipped_policy_loss(x, x, x, mask, 1, 0.2, x, 0.0).stats
+    experience = Experience(mask.int(), torch.ones(1, dtype=torch.int32), mask, x, x, x, x, x, kl_coef=0.1, step=0)
+    policy = policy_loss(x, x, experience, 1, AlgorithmConfig(dual_clip=3, kl_in="loss", kl_estimator="k2")).stats
     value = clipped_value_loss(x, x, x, mask, 1, 0.2).stats
     names = {*(f"policy/{name}" for name in policy), *(f"critic/{name}" for name in value)}
     renamed = {"policy/actor_loss": "train/actor_loss", "policy/kl": "train/kl", "critic/critic_loss": "train/critic_loss"}

@@ -174,17 +174,29 @@ def test_the_reward_function_scores_each_rollout(tmp_path: Path, monkeypatch: py
     assert load_function("short", source)([rollout(0), rollout(32), rollout(128)]) == [1.0, 0.5, 0.0]  # type: ignore[arg-type]
 
 
-def test_the_estimator_is_gae_with_lambda_one_and_no_values() -> None:
-    reinforce = execute(code("def reinforce"), advantages)["ESTIMATORS"]["reinforce"]
+def test_the_estimator_is_grpo_undivided_with_the_batch_as_its_group() -> None:
+    estimators = dict(advantages.ESTIMATORS)
+    try:
+        reinforce = execute(code("def reinforce"), advantages)["reinforce"]
+    finally:
+        advantages.ESTIMATORS.clear()
+        advantages.ESTIMATORS.update(estimators)
     generator = torch.Generator().manual_seed(0)
-    rewards = torch.randn(4, 9, generator=generator)
-    mask = torch.rand(4, 9, generator=generator) < 0.7
-    lengths, truncated = torch.full((4,), 9, dtype=torch.int32), torch.zeros(4, dtype=torch.bool)
-    arguments = (mask, lengths, truncated, 0.9)
-    found = reinforce(rewards, torch.randn(4, 10, generator=generator), *arguments, 0.5)
-    expected = advantages.gae(rewards, torch.zeros(4, 10), *arguments, 1.0)
-    for mine, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, theirs)
+    rewards, mask = torch.randn(4, 9, generator=generator), torch.rand(4, 9, generator=generator) < 0.7
+    mask[2] = False
+    no, group = torch.zeros(4, dtype=torch.bool), torch.zeros(4, dtype=torch.int32)
+    inputs = advantages.EstimatorInputs(rewards, torch.zeros(4, 10), mask, group + 9, no, group, 1.0, 0.95, divide_by_group_std=False)
+    torch.testing.assert_close(reinforce(inputs), advantages.grpo(inputs))
+
+
+def test_the_recipes_are_configurations() -> None:
+    recipes = [re.findall(r"`([^`]+=[^`]+)`", row[1]) for row in table("| | `algorithm.` |")]
+    assert len(recipes) == 7
+    for alternatives in recipes:
+        given = {}
+        for settings in alternatives:
+            given |= dict(setting.split("=") for setting in settings.split())
+        read_config(PPOConfig, ["sampling.n=4", *(f"algorithm.{name}={value}" for name, value in given.items())])
 
 
 def test_the_preset_is_as_large_as_its_name_says() -> None:

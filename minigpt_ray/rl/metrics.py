@@ -34,7 +34,7 @@ def rollout_metrics(rollouts: Sequence[Rollout], version: int) -> dict[str, floa
 
 
 def score_metrics(rollouts: Sequence[Rollout], batch: RolloutBatch, scores: Scores, experience: Experience) -> dict[str, float]:
-    """Rewards, distance to the reference, and how the critic and the generator's logprobs hold up.
+    """Rewards, distance to the reference, advantages, and how the generator's logprobs hold up.
 
     Over the rollouts and tokens that `experience.response_mask` counts: valid, and with a score of every source.
     """
@@ -43,7 +43,7 @@ def score_metrics(rollouts: Sequence[Rollout], batch: RolloutBatch, scores: Scor
     rewards = scores.rewards
     total = rewards.total[counted].double()
     gap = _tokens(batch.generator_logprobs - scores.policy_logprobs, mask).abs()
-    advantages, returns, values = (_tokens(x, mask) for x in (experience.advantages, experience.returns, experience.values))
+    advantages = _tokens(experience.advantages, mask)
     return {
         "train/reward": float(total.mean()),
         "reward/std": _variance(total) ** 0.5,
@@ -51,13 +51,21 @@ def score_metrics(rollouts: Sequence[Rollout], batch: RolloutBatch, scores: Scor
         **{f"reward/{name}": float(x[counted].double().mean()) for name, x in rewards.by_source.items()},
         **_reward_by_source(rollouts, rewards.total, counted),
         "train/kl_ref": float(_tokens(k1(scores.policy_logprobs, scores.reference_logprobs), mask).mean()),
+        "train/kl_coef": experience.kl_coef,
         "generator/logprob_gap_mean": float(gap.mean()),
         "generator/logprob_gap_max": _quantile(gap, 1.0),
+        "advantages/mean": float(advantages.mean()),
+        "advantages/std": _variance(advantages) ** 0.5,
+    }
+
+
+def value_metrics(experience: Experience) -> dict[str, float]:
+    """How the critic's values before the step's first update hold up, over response tokens."""
+    returns, values = (_tokens(x, experience.response_mask) for x in (experience.returns, experience.values))
+    return {
         "critic/explained_variance": explained_variance(values, returns),
         "critic/values_mean": float(values.mean()),
         "critic/returns_mean": float(returns.mean()),
-        "advantages/mean": float(advantages.mean()),
-        "advantages/std": _variance(advantages) ** 0.5,
     }
 
 

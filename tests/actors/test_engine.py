@@ -73,7 +73,7 @@ def process(rank: int, world: int, directory: Path) -> None:
         model = build_model()
         engine = Engine(model, EngineConfig(zero_stage=stage), OPTIMIZER, STEPS)
         steps = course(engine, rank, world)
-        results[stage] = {"steps": steps, "weights": weights_of(engine, model)}
+        results[stage] = {"steps": steps, "weights": weights_of(engine, model), "stopped": stopped(engine, model, rank, world)}
         if world == 2 and stage in (0, 3):
             results[stage]["again"] = saved_and_loaded(engine, stage, rank, world, directory)
     if world == 1:
@@ -90,6 +90,16 @@ def course_bfloat16(engine):
     for inputs, targets, weights in batches():
         update = engine.update([(inputs.bfloat16(), targets, weights)], squared_error)
         yield update.stats["loss"], update.grad_norm, update.lr, update.applied
+
+
+def stopped(engine, model, rank, world):
+    """An update that is stopped: (what the decision was made from, what came of it, how far the weights moved)."""
+    before, seen = weights_of(engine, model), []
+    rows = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
+    parts = list(zip(*(tensor[rows].split(2) for tensor in next(batches())), strict=True))
+    update = engine.update(parts, squared_error, lambda stats: seen.append(stats) or True)
+    moved = max(float((tensor - before[name]).abs().max()) for name, tensor in weights_of(engine, model).items())
+    return seen, update, moved
 
 
 def saved_and_loaded(engine, stage, rank, world, directory):
@@ -159,6 +169,15 @@ def test_a_loss_that_is_not_finite_on_one_rank_applies_no_update(results, world,
     loss, norm, lr, applied = results[world][stage]["steps"][BAD_STEP]
     assert not math.isfinite(loss) and not math.isfinite(norm) and not applied
     assert results[world][stage]["steps"][BAD_STEP + 1][2] == lr  # the schedule counts updates, not attempts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_update_is_stopped_by_its_sums_over_all_ranks_and_changes_nothing(results, world, stage):
+    seen, update, moved = results[world][stage]["stopped"]
+    assert seen == [update.stats] and update.stopped and not update.applied and moved == 0
+    assert update.stats["loss"] == pytest.approx(results[1][0]["stopped"][1].stats["loss"], rel=1e-4)
 
 
 @pytest.mark.slow

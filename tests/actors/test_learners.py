@@ -14,7 +14,7 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from actors.critic import CriticRank
+from actors.critic import CriticRank, NoCritic
 from actors.group import Rank, RankHost
 from actors.policy import PolicyRank
 from minigpt_ray.config import AlgorithmConfig, CriticConfig, OptimizerConfig, PolicyConfig
@@ -30,6 +30,8 @@ PROMPT = 4
 OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-3)
 # Nine rollouts in mini-batches of four: the last has one row, so that of two ranks one has none.
 ALGORITHM = AlgorithmConfig(ppo_epochs=2, mini_batch_size=4, value_clip=None)
+# Every term that the policy's loss can have, and an early stop in the second epoch.
+EVERYTHING = ALGORITHM.model_copy(update={"clip_high": 0.3, "dual_clip": 1.5, "entropy_coef": 0.01, "kl_in": "loss", "kl_estimator": "k2", "kl_stop": 0.05})
 
 
 def batch() -> RolloutBatch:
@@ -63,9 +65,11 @@ def experience(logprobs: Tensor, advantages: Tensor | float, step: int = 0) -> E
         lengths=rollouts.lengths,
         response_mask=mask,
         logprobs=logprobs,
+        reference_logprobs=0.9 * logprobs,
         values=zeros,
         advantages=torch.where(mask, torch.as_tensor(advantages), zeros),
         returns=torch.where(mask, torch.randn(mask.shape), zeros),
+        kl_coef=0.1,
         step=step,
     )
 
@@ -93,7 +97,7 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 def course(path: Path, rank: Rank, **changes: object) -> dict[str, object]:
     """One step of policy and critic with the given engine settings: what they say before, report, and end with."""
-    policy, critic = policy_rank(path, rank, **changes), critic_rank(path, rank, **changes)
+    policy, critic = policy_rank(path, rank, EVERYTHING, **changes), critic_rank(path, rank, EVERYTHING, **changes)
     everything = policy_rank(path, Rank(0, 1, "cpu")).logprobs(batch()) if rank.world == 1 else torch.load(path / "logprobs.pt")
     taken = experience(everything, varied())
     return {
@@ -223,6 +227,54 @@ def test_in_the_critics_warm_up_the_policy_stays_as_it_is(nano: Path) -> None:
     assert difference(weights_of(rank), before) > 0
 
 
+# --------------------------------------------------------------------------------------------------- early stop
+
+
+def test_an_early_stop_makes_neither_that_update_nor_one_after_it(nano: Path) -> None:
+    """The second epoch begins beyond the bound: the step is one of a single epoch, schedule included, and so is the next step."""
+    optimizer = OPTIMIZER.model_copy(update={"warmup_steps": 5, "lr": 2e-2})
+    stopped = policy_rank(nano, algorithm=ALGORITHM.model_copy(update={"kl_stop": 0.05}), optimizer=optimizer)
+    single = policy_rank(nano, algorithm=ALGORITHM.model_copy(update={"ppo_epochs": 1}), optimizer=optimizer)
+    taken = experience(stopped.logprobs(batch()), varied())
+    first = stopped.update(taken)
+    assert (first["policy/updates"], first["policy/early_stopped"], first["policy/skipped_updates"]) == (3, 1, 0)
+    assert first["train/actor_lr"] == pytest.approx(2e-2 * 3 / 5)
+    assert first | {"policy/early_stopped": 0} == single.update(taken)
+    assert difference(weights_of(stopped), weights_of(single)) == 0
+    again = experience(stopped.logprobs(batch()), varied(), step=1)
+    assert stopped.update(again)["train/actor_lr"] == single.update(again)["train/actor_lr"] == 2e-2
+
+
+def test_a_bound_that_is_not_reached_stops_nothing(nano: Path) -> None:
+    bounded, free = (policy_rank(nano, algorithm=ALGORITHM.model_copy(update={"kl_stop": bound})) for bound in (1e3, None))
+    taken = experience(free.logprobs(batch()), varied())
+    metrics = bounded.update(taken)
+    assert metrics == free.update(taken) and (metrics["policy/updates"], metrics["policy/early_stopped"]) == (6, 0)
+
+
+def test_kl_in_the_loss_draws_the_policy_back_to_the_reference(nano: Path) -> None:
+    """Without advantages the KL is all there is to learn from."""
+    rank = policy_rank(nano, algorithm=ALGORITHM.model_copy(update={"kl_in": "loss", "kl_estimator": "k2"}))
+    before, mask = rank.logprobs(batch()), batch().response_mask
+    reference = torch.where(mask, before + 0.5 * varied(), 0)
+    rank.update(replace(experience(before, 0.0), reference_logprobs=reference))
+    after = rank.logprobs(batch())
+    assert float((after - reference)[mask].square().mean()) < 0.9 * float((before - reference)[mask].square().mean())
+
+
+# ---------------------------------------------------------------------------------------------- without a critic
+
+
+def test_in_a_critics_place_there_is_no_process_and_every_answer_is_empty(tmp_path: Path) -> None:
+    critic = NoCritic()
+    values = critic.values(batch()).result()
+    assert values.shape == (len(LENGTHS), max(LENGTHS) + 1) and not values.any()
+    critic.ready()
+    critic.reset_usage()
+    assert critic.update(experience(torch.zeros(len(LENGTHS), max(LENGTHS)), 0.0)).result() == critic.usage_metrics(1.0) == {}
+    assert critic.hosts == critic.save(tmp_path).result() == critic.load(tmp_path).result() == list(tmp_path.iterdir()) == []
+
+
 # ------------------------------------------------------------------------------------------ however it is cut
 
 
@@ -239,7 +291,8 @@ def same_update(expected: dict[str, object], found: dict[str, object]) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_update_as_one(one_rank: dict[str, object], two_ranks: list[dict[str, object]]) -> None:
-    """Losses, gradient norms and weights, though the last mini-batch leaves one of the ranks without a row."""
+    """Losses, gradient norms, weights and the early stop, though the last mini-batch leaves one of the ranks without a row."""
+    assert one_rank["policy"]["policy/early_stopped"] == 1  # type: ignore[index]
     for found in two_ranks:
         same_update(one_rank, found)
 

@@ -19,6 +19,7 @@ def test_every_model_has_its_role_and_functions_share_one() -> None:
     roles = roles_of(placement, REWARDS)
     assert list(roles) == ["generator", "policy", "critic", "reference", "rewards", "reward_model_0", "reward_model_1"]
     assert roles["generator"].ranks == 3 and roles["reward_model_1"].cpus == 2
+    assert list(roles_of(placement, {}, critic=False)) == ["generator", "policy", "reference", "rewards"]
     assert list(roles_of_evaluation(placement, REWARDS)) == ["generator", "rewards", "reward_model_0", "reward_model_1"]
 
 

@@ -244,7 +244,7 @@ def test_the_model_loads_as_it_is_and_is_not_the_one_it_began_with(whole: Finish
 @pytest.mark.slow
 def test_the_configuration_is_kept_with_every_default(whole: Finished) -> None:
     config = yaml.safe_load((whole.directory / "config.yaml").read_text())
-    assert (config["steps"], config["algorithm"]["clip"], config["rewards"]["letters"]["weight"]) == (4, 0.2, 1.0)
+    assert (config["steps"], config["algorithm"]["clip_high"], config["rewards"]["letters"]["weight"]) == (4, 0.2, 1.0)
 
 
 @pytest.mark.slow
@@ -373,8 +373,8 @@ def test_a_mistake_in_the_configuration_ends_with_2_before_torch_is_imported() -
 @pytest.mark.parametrize(
     ("option", "expected"),
     [
-        ("--help", ["python -m jobs.ppo", "[policy.optimizer]", "algorithm.clip", "default 0.2"]),
-        ("--dry-run", ["steps: 4", "clip: 0.2", "generator", "reference", "GiB"]),
+        ("--help", ["python -m jobs.ppo", "[policy.optimizer]", "algorithm.clip_low", "default 0.2"]),
+        ("--dry-run", ["steps: 4", "clip_low: 0.2", "generator", "reference", "GiB"]),
     ],
 )
 def test_help_and_dry_run_print_and_start_nothing(option: str, expected: list[str], tmp_path: Path) -> None:

@@ -65,21 +65,22 @@ def test_ids_are_int32_floats_float32_masks_bool() -> None:
 
 def bytes_of(value: RolloutBatch | Experience, columns: int) -> int:
     """Bytes per token of what has one entry a token."""
-    tensors = [getattr(value, field.name) for field in fields(value) if field.name != "step"]
+    tensors = [x for field in fields(value) if isinstance(x := getattr(value, field.name), torch.Tensor)]
     return sum(t.element_size() for t in tensors if t.ndim == 2 and t.shape[1] == columns)
 
 
-def test_a_token_takes_thirteen_bytes_as_a_rollout_and_twenty_one_as_an_experience() -> None:
-    """The padded entries of a batch; an experience has four floats, its ids and its mask."""
+def test_a_token_takes_thirteen_bytes_as_a_rollout_and_twenty_five_as_an_experience() -> None:
+    """The padded entries of a batch; an experience has five floats, its ids and its mask."""
     batch = RolloutBatch.of(ROLLOUTS)
     assert bytes_of(batch, 6) == 4 + 1 + 4 + 4
-    assert bytes_of(experience(), 6) == 4 + 1 + 4 * 4
+    assert bytes_of(experience(), 6) == 4 + 1 + 5 * 4
 
 
 def experience() -> Experience:
     batch = RolloutBatch.of(ROLLOUTS)
     cells = torch.arange(24, dtype=torch.float32).reshape(4, 6)
-    return Experience(batch.token_ids, batch.lengths, batch.response_mask, cells, cells + 100, cells + 200, cells + 300, step=5)
+    columns = [cells + 100 * i for i in range(5)]
+    return Experience(batch.token_ids, batch.lengths, batch.response_mask, *columns, kl_coef=0.1, step=5)
 
 
 def test_rows_are_cut_to_their_longest() -> None:
@@ -88,17 +89,17 @@ def test_rows_are_cut_to_their_longest() -> None:
     assert rows.lengths.tolist() == [3, 5]
     assert rows.response_mask.int().tolist() == [[0] * 5, [0, 0, 1, 1, 1]]
     assert rows.logprobs.tolist() == [[18, 19, 20, 21, 22], [0, 1, 2, 3, 4]]
-    for name, offset in (("values", 100), ("advantages", 200), ("returns", 300)):
+    for name, offset in (("reference_logprobs", 100), ("values", 200), ("advantages", 300), ("returns", 400)):
         assert torch.equal(getattr(rows, name), rows.logprobs + offset)
-    assert (rows.step, len(rows)) == (5, 2)
+    assert (rows.kl_coef, rows.step, len(rows)) == (0.1, 5, 2)
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 3, 1], [1], [3, 3]])
 def test_rows_keep_dtypes_and_follow_the_index(order: list[int]) -> None:
     whole, rows = experience(), experience().rows(torch.tensor(order))
     for field in fields(whole):
-        if field.name != "step":
-            expected, found = getattr(whole, field.name), getattr(rows, field.name)
+        expected, found = getattr(whole, field.name), getattr(rows, field.name)
+        if isinstance(expected, torch.Tensor):
             assert found.dtype == expected.dtype
             assert torch.equal(found, expected[order] if found.ndim == 1 else expected[order][:, : found.shape[1]])
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minigpt_ray.rl.experience import Experience, Prompt, RewardScores, Rollout, RolloutBatch, Scores
-from minigpt_ray.rl.metrics import explained_variance, rollout_metrics, score_metrics
+from minigpt_ray.rl.metrics import explained_variance, rollout_metrics, score_metrics, value_metrics
 
 
 def rollout(serial: int, source: str, versions: list[int], finish_reason: str = "stop", valid: bool = True, tool_tokens: int = 0) -> Rollout:
@@ -44,7 +44,9 @@ SCORES = Scores(POLICY, REFERENCE, torch.zeros(4, 8), RewardScores(TOTAL, {"veri
 def experience(mask: torch.Tensor) -> Experience:
     """Column t has value t and return 2 t, wherever."""
     column = torch.arange(7).expand(4, 7).float()
-    return Experience(BATCH.token_ids, BATCH.lengths, mask, torch.where(mask, POLICY, 0), values=column, advantages=column - 4, returns=2 * column, step=0)
+    logprobs, reference = torch.where(mask, POLICY, 0), torch.where(mask, REFERENCE, 0)
+    values = {"values": column, "advantages": column - 4, "returns": 2 * column}
+    return Experience(BATCH.token_ids, BATCH.lengths, mask, logprobs, reference, **values, kl_coef=0.05, step=0)
 
 
 EXPERIENCE = experience(BATCH.response_mask)
@@ -99,7 +101,7 @@ def test_logprob_gap_is_the_absolute_difference_of_generator_and_learner() -> No
 
 def test_advantages_returns_and_values_are_summarised_over_response_tokens() -> None:
     """Response columns 2, 3, 4 of row 0, column 2 of row 1, columns 5, 6 of row 2."""
-    metrics = score_metrics(ROLLOUTS, BATCH, SCORES, EXPERIENCE)
+    metrics = score_metrics(ROLLOUTS, BATCH, SCORES, EXPERIENCE) | value_metrics(EXPERIENCE)
     columns = np.array([2, 3, 4, 2, 5, 6])
     assert metrics["critic/values_mean"] == pytest.approx(columns.mean())
     assert metrics["critic/returns_mean"] == pytest.approx(2 * columns.mean())
@@ -125,6 +127,6 @@ def test_a_step_without_a_counted_rollout_has_nan_where_there_is_nothing_to_coun
 
 def test_every_metric_of_a_step_is_documented() -> None:
     text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
-    names = {*rollout_metrics(ROLLOUTS, version=7), *score_metrics(ROLLOUTS, BATCH, SCORES, EXPERIENCE)}
+    names = {*rollout_metrics(ROLLOUTS, version=7), *score_metrics(ROLLOUTS, BATCH, SCORES, EXPERIENCE), *value_metrics(EXPERIENCE)}
     names -= {"reward/verifier", "reward_by_source/sums", "reward_by_source/words"}  # `reward/<name>`, `reward_by_source/<source>`
     assert not [name for name in names if f"| `{name}` |" not in text]

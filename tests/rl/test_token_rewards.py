@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from minigpt_ray.rl.rewards import combine, token_rewards
+from minigpt_ray.rl.rewards import combine, length_penalties, merge_moments, normalize, token_rewards
 
 NAN = float("nan")
 
@@ -33,3 +33,40 @@ def test_the_total_is_the_weighted_sum_of_the_sources_and_zero_where_one_failed(
 def test_a_source_without_a_weight_is_an_error() -> None:
     with pytest.raises(KeyError, match="judge"):
         combine({"judge": torch.ones(1)}, {}, torch.tensor([False]))
+
+
+def test_moments_of_parts_are_those_of_the_whole() -> None:
+    torch.manual_seed(0)
+    x = 1e3 + torch.randn(50)
+    moments = (0, 0.0, 0.0)
+    for part in (x[:1], x[1:1], x[1:20], x[20:]):
+        moments = merge_moments(*moments, part)
+    whole = x.double()
+    assert moments == pytest.approx((50, float(whole.mean()), float((whole - whole.mean()).square().sum())), rel=1e-9)
+
+
+def test_moments_by_hand() -> None:
+    """1, 3, then 5: mean 3, squares 4 + 0 + 4."""
+    assert merge_moments(*merge_moments(0, 0.0, 0.0, torch.tensor([1.0, 3.0])), torch.tensor([5.0])) == (3, 3.0, 8.0)
+
+
+def test_normalised_by_its_own_moments_a_set_has_mean_zero_and_deviation_one_and_equal_numbers_are_zero() -> None:
+    x = torch.tensor([1.0, 3.0, 8.0])
+    found = normalize(x, *merge_moments(0, 0.0, 0.0, x))
+    assert found.mean().item() == pytest.approx(0, abs=1e-6) and found.std(correction=0).item() == pytest.approx(1)
+    same = torch.full((7,), 0.1)
+    assert not normalize(same, *merge_moments(0, 0.0, 0.0, same)).any()
+
+
+def test_tokens_beyond_the_free_ones_cost_wherever_they_stand() -> None:
+    mask = torch.tensor([[0, 1, 1, 0, 1, 1], [0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]], dtype=torch.bool)
+    assert length_penalties(mask, 2, 0.5).tolist() == [[0, 0, 0, 0, 0.5, 0.5], [0] * 6, [0] * 6]
+    assert length_penalties(mask, 0, 0.5).sum(1).tolist() == [2.0, 0.5, 0.0]
+
+
+def test_a_row_pays_the_soft_overlong_punishment() -> None:
+    """arXiv:2503.14476, eq. 13, for every length up to the longest."""
+    longest, buffer = 20, 8
+    mask = torch.arange(longest) < torch.arange(longest + 1)[:, None]
+    expected = [0 if length <= longest - buffer else ((longest - buffer) - length) / buffer for length in range(longest + 1)]
+    assert (-length_penalties(mask, longest - buffer, 1 / buffer).sum(1)).tolist() == expected
