@@ -11,6 +11,7 @@ silently resume.
 import asyncio
 import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -131,6 +132,8 @@ class Stopped:
     """No more rows; `fault` says why, or is empty when all steps were taken."""
 
     fault: str
+    asked: bool = False
+    """The driver asked for it; the last step is saved, and there is no model yet."""
 
 
 class Mailbox:
@@ -138,9 +141,15 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
+        self._asked_to_end = False
 
-    async def put(self, message: Any) -> None:
+    async def put(self, message: Any) -> bool:
+        """Whether the driver has asked to end."""
         await self._queue.put(message)
+        return self._asked_to_end
+
+    async def ask_to_end(self) -> None:
+        self._asked_to_end = True
 
     async def take(self, done: int) -> list[Any]:
         """The next messages, at least one; `done` is how many of those given out before have been dealt with."""
@@ -162,9 +171,16 @@ class Sender:
     def __init__(self, mailbox: Any) -> None:
         self._mailbox, self._before = mailbox, mailbox.put.remote(None)
 
-    def send(self, message: Any) -> None:
-        ray.get(self._before)
+    def send(self, message: Any) -> bool:
+        """Whether the driver has asked to end, as of the message before."""
+        asked_to_end = bool(ray.get(self._before))
         self._before = self._mailbox.put.remote(message)
+        return asked_to_end
+
+    def stop(self, message: Stopped) -> None:
+        """Send the last message; returns once it is in the mailbox."""
+        self.send(message)
+        ray.get(self._before)
 
     def settle(self) -> None:
         """Returns once the driver has dealt with everything that was sent."""
@@ -192,14 +208,19 @@ def fit(ready: Ready) -> Path:
         mailbox: Any = ray.remote(Mailbox).options(num_cpus=0, runtime_env=environment(1)).remote()  # type: ignore[call-overload]
         with ThreadPoolExecutor(1) as threads:
             delivery = threads.submit(_deliver, mailbox, tracker)
+            handler = signal.signal(signal.SIGTERM, lambda number, frame: mailbox.ask_to_end.remote())
             try:
                 _trainer(ready, windows, mailbox).fit()
             finally:
+                signal.signal(signal.SIGTERM, handler)
                 mailbox.put.remote(Stopped(""))  # else a failure would leave the delivery waiting
-            fault = delivery.result().fault
-        if fault:
-            raise StageError(fault)
+            stopped = delivery.result()
+        if stopped.fault:
+            raise StageError(stopped.fault)
         shutil.rmtree(ready.directory / "ray_train")
+        if stopped.asked:
+            tracker.message(f"SIGTERM: step {tracker.step} is saved; checkpoint.resume=auto goes on from there")
+            raise SystemExit(0)
         tracker.message(f"the model is in {ready.directory / 'model'}")
     return ready.directory / "model"
 
@@ -271,15 +292,18 @@ def train(given: dict[str, Any]) -> None:
         sender.send(Begun(start))
     try:
         for step, rows in worker.steps(start):
-            if sender:
-                sender.send(Logged(step, rows))
-            if worker.checkpoint_due(step):
+            end = worker.agree(sender.send(Logged(step, rows)) if sender else False)
+            if end or worker.checkpoint_due(step):
                 if sender:
                     sender.settle()  # a checkpoint never knows a step that metrics.jsonl does not
                 worker.save(step)
+            if end and step < ready.config.steps:
+                if sender:
+                    sender.stop(Stopped("", asked=True))
+                return
     except FloatingPointError as error:  # new workers would only meet it again
         if sender:
-            sender.send(Stopped(str(error)))
+            sender.stop(Stopped(str(error)))
         return
     worker.export()
     if sender:
@@ -378,6 +402,14 @@ class SupervisedRank:
         return self.world * cpu_peak_flops(self.config.cpus_per_worker)
 
     # ----------------------------------------------------------------------------------------- checkpoints, export
+
+    def agree(self, end: bool) -> bool:
+        """What rank 0 says. Collective."""
+        if self.world == 1:
+            return end
+        answer = torch.tensor(int(end), device=self.engine.device)
+        dist.broadcast(answer, 0)
+        return bool(answer)
 
     def checkpoint_due(self, step: int) -> bool:
         return step % self.config.checkpoint.every == 0 or step == self.config.steps

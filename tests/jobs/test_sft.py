@@ -1,7 +1,7 @@
 """python -m jobs.sft as a user runs it: two workers, killed on the way, and what it leaves behind."""
 
 import json
-import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -85,29 +85,60 @@ def test_the_debug_run_learns_and_leaves_a_model(output_dir):
     assert again.returncode == 2 and "is there from an earlier run" in again.stderr.splitlines()[-1]
 
 
+COURSE = ["configs/debug/sft.yaml", "steps=200", "checkpoint.every=10", "checkpoint.resume=auto"]
+
+
+@pytest.fixture(scope="module")
+def whole(output_dir):
+    """What a run of 200 steps says about learning."""
+    (output_dir / "whole").mkdir()
+    (output_dir / "whole" / "prepare_data").symlink_to(output_dir / "r" / "prepare_data")
+    course = course_of(start(output_dir, "whole"), output_dir / "whole" / "sft")
+    assert [row["step"] for row in course if "train/loss" in row] == list(range(1, 201))
+    return course
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_killed_worker_is_replaced_and_the_course_is_as_if_it_had_not_been(output_dir):
-    shutil.rmtree(output_dir / "r" / "sft", ignore_errors=True)
-    whole = course_of(output_dir, kill_after=None)
-    shutil.rmtree(output_dir / "r" / "sft")
-    assert course_of(output_dir, kill_after=25) == whole
-    assert [row["step"] for row in whole if "train/loss" in row] == list(range(1, 201))
+def test_a_killed_worker_is_replaced_and_the_course_is_as_if_it_had_not_been(output_dir, whole):
+    (output_dir / "killed").mkdir()
+    (output_dir / "killed" / "prepare_data").symlink_to(output_dir / "r" / "prepare_data")
+    job = start(output_dir, "killed")
+    wait_for_rows(job, output_dir / "killed" / "sft", 25)
+    next(p for p in psutil.Process(job.pid).children(recursive=True) if "RayTrainWorker" in p.name() + "".join(p.cmdline())).kill()
+    assert course_of(job, output_dir / "killed" / "sft", "workers were lost; new ones go on after step") == whole
 
 
-def course_of(output_dir, kill_after):
-    """What a run of 200 steps says about learning, its worker killed once metrics.jsonl has so many rows."""
-    metrics = output_dir / "r" / "sft" / "metrics.jsonl"
-    command = [sys.executable, "-m", "jobs.sft", "configs/debug/sft.yaml", "run=r", f"output_dir={output_dir}", "steps=200", "checkpoint.every=10"]
-    job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if kill_after is not None:
-        while job.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= kill_after):
-            time.sleep(0.05)
-        worker = next(p for p in psutil.Process(job.pid).children(recursive=True) if "RayTrainWorker" in p.name() + "".join(p.cmdline()))
-        worker.kill()
+@pytest.mark.ray
+@pytest.mark.slow
+def test_sigterm_saves_the_step_ends_with_0_and_the_same_command_goes_on(output_dir, whole):
+    (output_dir / "ended").mkdir()
+    (output_dir / "ended" / "prepare_data").symlink_to(output_dir / "r" / "prepare_data")
+    job = start(output_dir, "ended", "num_workers=2")
+    wait_for_rows(job, output_dir / "ended" / "sft", 25)
+    job.send_signal(signal.SIGTERM)
+    course = course_of(job, output_dir / "ended" / "sft", "SIGTERM: step ")
+    assert 20 < course[-1]["step"] < 200 and not (output_dir / "ended" / "sft" / "model").exists()
+    course = course_of(start(output_dir, "ended", "num_workers=2"), output_dir / "ended" / "sft", f"sft goes on after step {course[-1]['step']}")
+    assert [row["step"] for row in course] == [row["step"] for row in whole]
+    for mine, theirs in zip(course, whole, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3)  # two workers, where `whole` had one
+
+
+def start(output_dir, run, *more):
+    command = [sys.executable, "-m", "jobs.sft", *COURSE, f"run={run}", f"output_dir={output_dir}", *more]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_rows(job, stage, number):
+    metrics = stage / "metrics.jsonl"
+    while job.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= number):
+        time.sleep(0.05)
+
+
+def course_of(job, stage, said=""):
+    """The rows of a job once it has ended well, without what the clock decides."""
     output = job.communicate(timeout=500)[0]
-    assert job.returncode == 0, output
-    assert ("workers were lost; new ones go on after step" in output) == (kill_after is not None)
-    return [
-        {name: row[name] for name in ("step", "train/loss", "train/grad_norm", "train/lr", "validation/loss") if name in row} for row in read_metrics(metrics)
-    ]
+    assert job.returncode == 0 and said in output, output
+    names = ("step", "train/loss", "train/grad_norm", "train/lr", "validation/loss")
+    return [{name: row[name] for name in names if name in row} for row in read_metrics(stage / "metrics.jsonl")]
