@@ -7,7 +7,7 @@ imports neither torch nor ray, so that a mistake in a config is refused in well 
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -332,6 +332,16 @@ class LearnerConfig(EngineConfig):
     """A stage of this run, a local directory or a hub id."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer and schedule."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_weights(cls, fields: Any) -> Any:
+        adapter = next((name for name in fields if "lora" in name.lower()), None) if isinstance(fields, dict) else None
+        if adapter is not None:
+            raise ValueError(
+                f"there is no LoRA, since weights are trained and published whole; remove {adapter}, or save memory with zero_stage=3 and activation_checkpointing=true"
+            )
+        return fields
 
 
 class PolicyConfig(LearnerConfig):

@@ -98,6 +98,7 @@ def test_text_that_looks_like_a_number_survives_the_round_trip(tmp_path):
         (["policy.lr=3"], ["policy.lr: unknown field, did you mean policy.optimizer.lr"]),
         (["policy=3"], ["policy=3: policy is a section; set its fields, as in policy.zero_stage=...", "override policy=3"]),
         (["policy=null"], ["policy is a section"]),
+        (["policy.lora.rank=8"], ["policy: there is no LoRA", "remove lora"]),
         (["steps.x=3"], ["steps: is a single value (an int)", "override steps.x=3"]),
         (["policy.optimizer.lr=abc"], ["policy.optimizer.lr=abc: a float is needed", "override policy.optimizer.lr=abc"]),
         (["generator.backend=foo"], ["generator.backend=foo: one of vllm, transformers is needed"]),
