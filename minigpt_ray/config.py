@@ -253,6 +253,8 @@ class AlgorithmConfig(Config):
     """Whether grpo divides by the group's standard deviation; false: without the bias to the easiest and hardest prompts (arXiv:2503.20783)."""
     whiten_advantages: bool | None = None
     """Shift and scale advantages to mean 0 and standard deviation 1 over all response tokens of the step; none: with gae and reinforce++, and not with rloo and grpo, where it moves groups without signal away from 0."""
+    replacement_rounds: NonNegativeInt = 0
+    """Rounds in which prompts whose rollouts all earn the same, and so teach nothing, are replaced by the next ones (dynamic sampling, arXiv:2503.14476)."""
 
     truncated: Literal["score", "bootstrap"] = "score"
     """What a response cut at sampling.max_tokens is worth: its score, as the limit is part of the task, or, in place of the score, the critic's estimate after its last token. Never both: a response that never ends would then earn twice."""
@@ -477,6 +479,32 @@ class PlacementConfig(Config):
     """Reference ranks."""
     reward_model: RolePlacement = RolePlacement()
     """Ranks of each reward model."""
+    colocate: tuple[tuple[str, ...], ...] = ()
+    """Sets of roles that share processes, for example `[[policy, reference], [critic, reward_model, rewards]]`: rank i of each lives in one process, which has the CPUs and GPUs of the set's first role. They compute in turn, and libraries, contexts and memory are paid once. The generator has processes of its own."""
+
+    def home(self, role: str) -> str:
+        """The role whose processes `role` lives in: the first of its set, or its own."""
+        kind = "reward_model" if role.startswith("reward_model_") else role
+        return next((shared[0] for shared in self.colocate if kind in shared), role)
+
+    @model_validator(mode="after")
+    def _sets_that_can_be(self) -> "PlacementConfig":
+        listed = [name for shared in self.colocate for name in shared]
+        ranks = {name: getattr(self, name).ranks for name in ("policy", "critic", "reference", "reward_model")} | {"rewards": 1}
+        for name in listed:
+            if name not in ranks:
+                raise ValueError(f"colocate names {name!r}; use some of {', '.join(ranks)}")
+            if listed.count(name) > 1:
+                raise ValueError(f"colocate names {name} twice; a role lives in one place")
+        for shared in self.colocate:
+            if not shared or shared[0] not in ("policy", "critic", "reference"):
+                raise ValueError(f"colocate has the set [{', '.join(shared)}]; its first role gives the processes and must be policy, critic or reference")
+            for name in shared:
+                if ranks[name] != ranks[shared[0]]:
+                    raise ValueError(
+                        f"colocate puts {name} with {ranks[name]} ranks into the processes of {shared[0]} with {ranks[shared[0]]}; give both the same number"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _a_gpu_for_each_rank(self) -> "PlacementConfig":
@@ -516,6 +544,8 @@ class PPOConfig(JobConfig):
     """Rollout-and-learn steps."""
     prompts_per_step: PositiveInt = 64
     """Prompts drawn in a step; each gives sampling.n rollouts."""
+    score_chunk: PositiveInt = 64
+    """Consecutive prompts whose rollouts are scored together, as soon as all of them are there and while the rest still generates."""
     data: PromptsConfig = PromptsConfig()
     """Training prompts."""
     sampling: SamplingConfig = SamplingConfig()
@@ -565,11 +595,17 @@ class PPOConfig(JobConfig):
                 )
         if sampling.temperature == 0:
             raise ValueError("sampling.temperature=0 gives PPO nothing to compare; use a positive temperature here and evaluation.sampling.temperature=0")
+        if not self.algorithm.uses_critic and any("critic" in shared for shared in self.placement.colocate):
+            raise ValueError(f"placement.colocate names critic, but algorithm.estimator={self.algorithm.estimator} starts none; leave critic out of it")
         if self.algorithm.estimator in ("rloo", "grpo") and sampling.n == 1:
             raise ValueError(f"algorithm.estimator={self.algorithm.estimator} compares the samples of a prompt, but sampling.n=1; set it to at least 2")
         if rows % mini:
             raise ValueError(
                 f"prompts_per_step={self.prompts_per_step} x sampling.n={sampling.n} = {rows} rollouts do not divide into algorithm.mini_batch_size={mini}; use a divisor of {rows}"
+            )
+        if self.algorithm.replacement_rounds and sampling.n == 1:
+            raise ValueError(
+                f"algorithm.replacement_rounds={self.algorithm.replacement_rounds} compares the rollouts of a prompt, but sampling.n=1; raise sampling.n or set it to 0"
             )
         for role in self.learners:
             ranks = getattr(self.placement, role).ranks
