@@ -253,6 +253,8 @@ class AlgorithmConfig(Config):
     """Whether grpo divides by the group's standard deviation; false: without the bias to the easiest and hardest prompts (arXiv:2503.20783)."""
     whiten_advantages: bool | None = None
     """Shift and scale advantages to mean 0 and standard deviation 1 over all response tokens of the step; none: with gae and reinforce++, and not with rloo and grpo, where it moves groups without signal away from 0."""
+    replacement_rounds: NonNegativeInt = 0
+    """Rounds in which prompts whose rollouts all earn the same, and so teach nothing, are replaced by the next ones (dynamic sampling, arXiv:2503.14476)."""
 
     truncated: Literal["score", "bootstrap"] = "score"
     """What a response cut at sampling.max_tokens is worth: its score, as the limit is part of the task, or, in place of the score, the critic's estimate after its last token. Never both: a response that never ends would then earn twice."""
@@ -291,8 +293,6 @@ class AlgorithmConfig(Config):
     """Passes over the step's rollouts."""
     mini_batch_size: PositiveInt = 64
     """Rollouts per optimizer step, over all ranks."""
-    replacement_rounds: NonNegativeInt = 0
-    """Rounds in which prompts whose rollouts all earn the same, and so teach nothing, are replaced by the next ones (dynamic sampling, arXiv:2503.14476)."""
     kl_stop: PositiveFloat | None = None
     """A mini-batch on which the policy has moved further than this from the one that sampled (train/kl, nats per token) is not learnt from, nor any after it in the step; the critic learns on. none: no early stop."""
     critic_warmup_steps: NonNegativeInt = 0
@@ -607,6 +607,8 @@ class PPOConfig(JobConfig):
                 )
         if sampling.temperature == 0:
             raise ValueError("sampling.temperature=0 gives PPO nothing to compare; use a positive temperature here and evaluation.sampling.temperature=0")
+        if not self.algorithm.uses_critic and any("critic" in shared for shared in self.placement.colocate):
+            raise ValueError(f"placement.colocate names critic, but algorithm.estimator={self.algorithm.estimator} starts none; leave critic out of it")
         if self.algorithm.estimator in ("rloo", "grpo") and sampling.n == 1:
             raise ValueError(f"algorithm.estimator={self.algorithm.estimator} compares the samples of a prompt, but sampling.n=1; set it to at least 2")
         if rows % mini:
@@ -617,8 +619,6 @@ class PPOConfig(JobConfig):
             raise ValueError(
                 f"algorithm.replacement_rounds={self.algorithm.replacement_rounds} compares the rollouts of a prompt, but sampling.n=1; raise sampling.n or set it to 0"
             )
-        if not self.algorithm.uses_critic and any("critic" in shared for shared in self.placement.colocate):
-            raise ValueError(f"placement.colocate names critic, but algorithm.estimator={self.algorithm.estimator} has none; take it out")
         for role in self.learners:
             ranks = getattr(self.placement, role).ranks
             if mini < ranks:

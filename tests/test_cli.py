@@ -109,6 +109,7 @@ def test_text_that_looks_like_a_number_survives_the_round_trip(tmp_path):
         (["rewards.verifier.wait=1"], ["rewards.verifier.wait: unknown field"]),
         (["algorithm.mini_batch_size=60"], ["use a divisor of 64", "override algorithm.mini_batch_size=60"]),
         (["algorithm.estimator=rloo"], ["algorithm.estimator=rloo compares the samples of a prompt, but sampling.n=1; set it to at least 2"]),
+        (["algorithm.estimator=reinforce++", "placement.colocate=[[critic, reference]]"], ["placement.colocate names critic", "leave critic out of it"]),
         (["algorithm.estimator=grpo", "algorithm.truncated=bootstrap"], ["algorithm: truncated=bootstrap needs a critic's estimate, but estimator=grpo"]),
         (["algorithm.estimator=rloo", "algorithm.critic_warmup_steps=3"], ["critic_warmup_steps=3 waits for a critic, but estimator=rloo starts none"]),
         (["algorithm.kl_in=loss"], ["kl_in=loss with kl_estimator=k1 has no gradient on average; set kl_estimator=k2 or k3, or kl_in=reward"]),

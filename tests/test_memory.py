@@ -57,6 +57,11 @@ def test_every_role_is_estimated_once_the_model_exists(run):
     assert roles["reference"].parts["weights"] == shape.num_parameters() * 4 / GIB
 
 
+def test_an_estimator_without_a_critic_needs_no_memory_for_one(run):
+    names = [role.name for role in estimate(read_config(PPOConfig, [*run, "algorithm.estimator=rloo", "sampling.n=2"]))]
+    assert names == ["generator", "policy", "reference", "rewards"]
+
+
 def test_a_role_in_the_processes_of_another_costs_no_process_of_its_own(run):
     separate, shared = (read_config(PPOConfig, [*run, *more]) for more in ([], ["placement.colocate=[[policy, reference], [critic, rewards]]"]))
     before, after = ({role.name: role for role in estimate(config)} for config in (separate, shared))
@@ -65,11 +70,6 @@ def test_a_role_in_the_processes_of_another_costs_no_process_of_its_own(run):
     assert (after["rewards"].gib, after["rewards"].own_processes) == (0, False)
     assert after["reference"].note == "in the processes of policy" and after["rewards"].note == "in the processes of critic"
     assert placement_table(list(after.values())).columns[2].footer == "3"
-
-
-def test_an_estimator_without_a_critic_needs_no_memory_for_one(run):
-    names = [role.name for role in estimate(read_config(PPOConfig, [*run, "algorithm.estimator=rloo", "sampling.n=2"]))]
-    assert names == ["generator", "policy", "reference", "rewards"]
 
 
 def test_before_the_model_exists_the_memory_is_unknown(tmp_path):

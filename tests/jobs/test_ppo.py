@@ -1,6 +1,6 @@
-"""`python -m jobs.ppo` as a user runs it: one debug run, one that is killed and goes on, and what is refused.
+"""`python -m jobs.ppo` as a user runs it: one debug run, one that is killed and goes on, one without a critic, and what is refused.
 
-Both runs start from a model with random weights, which is made in no time; tests/jobs/test_sft.py trains a real one.
+The runs start from a model with random weights, which is made in no time; tests/jobs/test_sft.py trains a real one.
 """
 
 import json
@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from jobs.prepare_data import main as prepare_data
 from minigpt_ray.checkpoint import Checkpoints, find_fault
 from minigpt_ray.models import build_causal, export
+from minigpt_ray.rl.kl import next_kl_coef
 from minigpt_ray.tokenizer import encode_prompt, load_tokenizer
 from minigpt_ray.tracking import read_metrics, read_samples
 from tests.test_metrics_doc import FIXED, documented
@@ -46,9 +47,9 @@ LINE = re.compile(
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An output directory with two runs that have been through prepare_data and SFT, and a user's reward function."""
+    """An output directory with runs that have been through prepare_data and SFT, and a user's reward function."""
     directory = tmp_path_factory.mktemp("home")
-    for run in ("whole", "killed", "wounded"):
+    for run in ("whole", "killed", "wounded", "critic_free"):
         assert prepare_data([str(CHECKOUT / "configs/debug/prepare_data.yaml"), f"output_dir={directory}", f"run={run}"]) == 0
         tokenizer = load_tokenizer(directory / run / "prepare_data" / "tokenizer")
         export(build_causal("nano", tokenizer, seed=0), tokenizer, directory / run / "sft" / "model")
@@ -349,6 +350,53 @@ def test_what_died_is_counted_and_said(wounded: Finished) -> None:
     assert [last[f"restarts/{role}"] for role in ("reference", "generator", "policy", "critic", "rewards")] == [1, 1, 1, 1, 0]
     assert "a process of policy died; the learners start again and go on after step 2" in wounded.output
     assert "a process of reference died; the role is started again and the call repeated" in wounded.output
+
+
+# ------------------------------------------------------------------------------------------------ without a critic
+
+GROUPS = (
+    "algorithm={estimator: grpo, kl_in: loss, kl_estimator: k2, kl_target: 0.1, kl_horizon: 2, normalize_rewards: true, reward_clip: 5}",
+    "algorithm={clip_high: 0.28, dual_clip: 3, length_free: 12, length_penalty: 0.25, ppo_epochs: 2, kl_stop: 1e-9}",
+)
+
+
+@pytest.fixture(scope="module")
+def critic_free(home: Path) -> Finished:
+    """Two steps, then resumed for a third. No machine of the tests has the GPU that a critic would ask for."""
+    options = [*GROUPS, "placement.critic.gpus=1", "evaluation.every=9", "evaluation.num_prompts=4"]
+    ppo(home, "critic_free", *options, "steps=2")
+    return ppo(home, "critic_free", *options, "steps=3")
+
+
+@pytest.mark.slow
+def test_an_estimator_without_a_critic_starts_saves_and_measures_none(critic_free: Finished) -> None:
+    assert "PPO goes on after step 2" in critic_free.output
+    assert [row["step"] for row in critic_free.rows] == [1, 2, 3]
+    for row in critic_free.rows:
+        assert not [name for name in row if "critic" in name or (name != "step" and not documented(name))]
+        assert not [name for name in FIXED if "critic" not in name and not math.isfinite(row[name])]
+        assert {name.split("/")[-1] for name in row if name.startswith("time/idle_share/")} == {"generator", "policy", "reference", "rewards"}
+    checkpoint = critic_free.directory / "checkpoint" / "step-000003"
+    assert (checkpoint / "policy").is_dir() and not (checkpoint / "critic").exists()
+    assert "critic_loss" not in critic_free.output
+
+
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_with_the_adapted_coefficient_and_the_moments_of_all_rewards(critic_free: Finished) -> None:
+    first, second, third = critic_free.rows
+    assert first["train/kl_coef"] == 0.01
+    for before, after in ((first, second), (second, third)):
+        assert after["train/kl_coef"] == pytest.approx(next_kl_coef(before["train/kl_coef"], before["train/kl_ref"], 0.1, 2.0))
+    state = json.loads((critic_free.directory / "checkpoint" / "step-000003" / "state.json").read_text())
+    assert state["reward_count"] == 3 * 16
+    assert state["reward_mean"] == pytest.approx(sum(row["train/reward"] for row in critic_free.rows) / 3)
+
+
+@pytest.mark.slow
+def test_an_early_stop_in_a_run_leaves_the_first_update_of_each_step(critic_free: Finished) -> None:
+    """The ratio is 1 before it, and beyond so small a bound after it."""
+    assert [(row["policy/updates"], row["policy/early_stopped"]) for row in critic_free.rows] == [(1, 1)] * 3
+    assert all(row["train/kl"] < 1e-9 and row["policy/kl_loss"] >= 0 for row in critic_free.rows)
 
 
 # -------------------------------------------------------------------------------------------------- what is refused
