@@ -11,7 +11,7 @@ import yaml
 from actors.placement import roles_of
 from minigpt_ray.checkpoint import Checkpoints
 from minigpt_ray.cli import resolved, write_resolved
-from minigpt_ray.config import FunctionReward, ModelReward, PPOConfig, RolePlacement, SFTConfig, VerifierReward
+from minigpt_ray.config import ModelReward, PPOConfig, RolePlacement, SFTConfig, VerifierReward
 from minigpt_ray.data.prompts import PromptSet, load_prompts
 from minigpt_ray.flops import PPOShapes
 from minigpt_ray.models import config_json, resolve_model
@@ -79,19 +79,15 @@ class Preparation:
         return f"PPO {beginning}: {len(prompts):,} prompts{lost}, {len(self.held_out):,} held out, policy {self.policy_path}"
 
     def _check_rewards(self) -> None:
-        from actors.rewards import load_function
+        from actors.rewards import check_sources  # not for SFT, which shares this module
 
+        without = sum(prompt.answer is None for prompt in self.prompts.prompts)
         for name, source in self.config.rewards.items():
-            if isinstance(source, ModelReward):
-                resolve_model(source.init_from, self.config.run_dir)
-            elif isinstance(source, FunctionReward):
-                load_function(name, source)
-            elif isinstance(source, VerifierReward):
-                without = sum(p.answer is None for p in self.prompts.prompts)
-                if without:
-                    raise ValueError(
-                        f"rewards.{name} verifies answers, but {without} of {len(self.prompts)} prompts carry none; give every prompt an answer or use another reward"
-                    )
+            if isinstance(source, VerifierReward) and without:
+                raise ValueError(
+                    f"rewards.{name} verifies answers, but {without} of {len(self.prompts)} prompts carry none; give every prompt an answer or use another reward"
+                )
+        check_sources(self.config.rewards, self.config.run_dir)
 
 
 def find_start(config: PPOConfig | SFTConfig, directory: Path, checkpoints: Checkpoints, may_differ: Collection[str]) -> Path | None:

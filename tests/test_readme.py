@@ -171,7 +171,7 @@ def test_the_reward_function_scores_each_rollout(tmp_path: Path, monkeypatch: py
     monkeypatch.syspath_prepend(str(tmp_path))
     (command,) = [words for words in commands() if any("my_rewards" in word for word in words)]
     source = read_config(PPOConfig, [str(ROOT / word) if word.endswith(".yaml") else word for word in command[3:-1]]).rewards["short"]
-    assert load_function("short", source)([rollout(0), rollout(32), rollout(128)]) == [1.0, 0.5, 0.0]  # type: ignore[arg-type]
+    assert load_function("short", source.function)([rollout(0), rollout(32), rollout(128)]) == [1.0, 0.5, 0.0]
 
 
 def test_the_estimator_is_gae_with_lambda_one_and_no_values() -> None:
