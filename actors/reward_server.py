@@ -95,12 +95,13 @@ def application(scorer: Scorer, token: str | None, max_request_bytes: int) -> Fa
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Raises ValueError when the address is not to be had."""
+    """A socket that listens there. Raises ValueError when the address is not to be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen()  # who connects from now on waits instead of being refused
     except OSError as error:
         listener.close()
         raise ValueError(f"host={host} port={port} cannot be bound ({error.strerror or error}); choose another port=, or 0 for any that is free") from None

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,9 +50,12 @@ def token_of(name: str, source: HttpReward) -> str | None:
     """The bearer token that the environment holds; raises ValueError when it does not."""
     if source.token_env is None:
         return None
-    if not os.environ.get(source.token_env, ""):
+    token = os.environ.get(source.token_env, "")
+    if not token:
         raise ValueError(f"rewards.{name}.token_env={source.token_env}: there is no such environment variable, or it is empty; export it where the job starts")
-    return os.environ[source.token_env]
+    if not re.fullmatch("[!-~]+", token):
+        raise ValueError(f"rewards.{name}.token_env={source.token_env}: the token has blanks, line ends or other than ASCII characters; export it without")
+    return token
 
 
 class RewardFunctions:
