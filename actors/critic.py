@@ -20,8 +20,10 @@ from minigpt_ray.rl.experience import Experience, RolloutBatch
 class CriticRank:
     """One data-parallel rank of the critic."""
 
-    def __init__(self, rank: Rank, path: str, config: CriticConfig, algorithm: AlgorithmConfig, total_updates: int, seed: int) -> None:
+    def __init__(self, rank: Rank, path: str, config: CriticConfig, algorithm: AlgorithmConfig, total_updates: int, seed: int, refused: Path) -> None:
+        """`refused` is where mini-batches are kept whose update was not finite."""
         torch.manual_seed(seed + rank.index)
+        self.refused = refused
         self.rank, self.config, self.algorithm, self.seed = rank, config, algorithm, seed
         self.model = load_scalar(path, "float32", seed=None)
         if config.activation_checkpointing:
@@ -37,7 +39,7 @@ class CriticRank:
         """PPO epochs over the experience; metrics are token means over the mini-batches of the last epoch."""
         self.model.train()
         with self.engine.optimizer_at_hand():
-            learnt = learn(self.engine, self.rank, experience, self.algorithm, self.config.micro_batch_tokens, self.seed, self._loss)
+            learnt = learn(self.engine, self.rank, experience, self.algorithm, self.config.micro_batch_tokens, self.seed, self.refused, self._loss)
         return {
             "train/critic_loss": learnt.stats.pop("critic_loss"),
             "train/critic_grad_norm": learnt.grad_norm,
@@ -66,7 +68,8 @@ class Critic(Group[CriticRank]):
         path = resolve_model(source, config.run_dir)
         hosts = cluster.hosts("critic", form_group=True)
         total_updates = config.steps * config.updates_per_step
-        super().__init__(hosts, "critic", CriticRank, path, config.critic, config.algorithm, total_updates, config.seed)
+        refused = config.stage_dir("ppo") / "non_finite" / "critic"
+        super().__init__(hosts, "critic", CriticRank, path, config.critic, config.algorithm, total_updates, config.seed, refused)
 
     def values(self, batch: RolloutBatch) -> Pending[Float[Tensor, "B T+1"]]:
         return self.scatter(CriticRank.values, batch, torch.cat)

@@ -1,18 +1,24 @@
 """What the policy and the critic learner share: PPO epochs and mini-batches."""
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from actors.engine import Engine, Stats
 from actors.group import Rank
+from minigpt_ray.checkpoint import batch_path, save_batch
 from minigpt_ray.config import AlgorithmConfig
 from minigpt_ray.rl.batching import micro_batches, mini_batches
 from minigpt_ray.rl.experience import Experience
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,11 +42,13 @@ def learn(
     algorithm: AlgorithmConfig,
     budget: int,
     seed: int,
+    refused: Path,
     loss: Callable[[nn.Module, Experience, int], tuple[Tensor, Stats]],
 ) -> Learnt:
     """PPO epochs and mini-batches. Mini-batches are chosen globally; only then are their rows dealt out to ranks.
 
-    Raises FloatingPointError when an update is refused and `non_finite` is `stop`; nothing has been changed by it.
+    Raises FloatingPointError when an update is refused and `non_finite` is `stop`; nothing has been changed by it. The
+    first mini-batch of a step that is refused is saved in the directory `refused`.
     """
     sums: dict[str, float] = {}
     tokens = skipped = 0
@@ -56,10 +64,14 @@ def learn(
             lr = update.lr
             if not update.applied:
                 skipped += 1
+                what = f"step {experience.step}, PPO epoch {epoch}: a loss or gradient is not finite and no update was applied"
+                saved = f"the mini-batch is in {batch_path(refused, experience.step)}"
+                if skipped == 1:
+                    _save(refused, rank, experience, index, {"step": str(experience.step), "ppo_epoch": str(epoch)})
                 if algorithm.non_finite == "stop":
-                    raise FloatingPointError(
-                        f"step {experience.step}, PPO epoch {epoch}: a loss or gradient is not finite and no update was applied; lower the learning rate, or set algorithm.non_finite=skip to go on"
-                    )
+                    raise FloatingPointError(f"{what}; {saved}; lower the learning rate, or set algorithm.non_finite=skip to go on")
+                if skipped == 1 and rank.index == 0:
+                    logger.warning("%s; %s", what, saved)
             counts = update.applied and epoch == algorithm.ppo_epochs - 1
             if counts:
                 grad_norms.append(update.grad_norm)
@@ -69,6 +81,16 @@ def learn(
     if not grad_norms:
         return Learnt(dict.fromkeys(sums, math.nan), math.nan, lr, skipped)
     return Learnt({name: value / tokens for name, value in sums.items()}, sum(grad_norms) / len(grad_norms), lr, skipped)
+
+
+def _save(refused: Path, rank: Rank, experience: Experience, index: Tensor, about: dict[str, str]) -> None:
+    """Rank 0 saves the rows of a mini-batch; the others wait, since the first error that reaches the driver ends all of them."""
+    if rank.index == 0:
+        rows = experience.rows(index)
+        tensors = {f.name: getattr(rows, f.name) for f in fields(rows) if isinstance(getattr(rows, f.name), Tensor)}
+        save_batch(refused, experience.step, {name: tensor.numpy() for name, tensor in {**tensors, "rows": index}.items()}, about)
+    if rank.world > 1:
+        dist.barrier()
 
 
 def _part(experience: Experience, index: Tensor, positions: list[int], device: torch.device) -> Experience:

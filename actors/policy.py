@@ -31,9 +31,12 @@ class PolicyRank:
         temperature: float,
         total_updates: int,
         seed: int,
+        refused: Path,
         transport: str = "object_store",
     ) -> None:
+        """`refused` is where mini-batches are kept whose update was not finite."""
         torch.manual_seed(seed + rank.index)
+        self.refused = refused
         self.rank, self.path, self.config, self.algorithm, self.temperature, self.seed = rank, path, config, algorithm, temperature, seed
         self.model = load_causal(path, "float32")
         if config.activation_checkpointing:
@@ -54,7 +57,7 @@ class PolicyRank:
             return dict.fromkeys(("train/actor_loss", "train/kl", "train/actor_grad_norm", "train/actor_lr", "policy/skipped_updates"), 0.0)
         self.model.train()
         with self.engine.optimizer_at_hand():
-            learnt = learn(self.engine, self.rank, experience, self.algorithm, self.config.micro_batch_tokens, self.seed, self._loss)
+            learnt = learn(self.engine, self.rank, experience, self.algorithm, self.config.micro_batch_tokens, self.seed, self.refused, self._loss)
         return {
             "train/actor_loss": learnt.stats.pop("actor_loss"),
             "train/kl": learnt.stats.pop("kl"),
@@ -108,7 +111,8 @@ class Policy(Group[PolicyRank]):
         learning_steps = max(1, config.steps - config.algorithm.critic_warmup_steps)
         total_updates = learning_steps * config.updates_per_step
         temperature, transport = config.sampling.temperature, config.weights.transport
-        super().__init__(hosts, "policy", PolicyRank, path, config.policy, config.algorithm, temperature, total_updates, config.seed, transport)
+        refused = config.stage_dir("ppo") / "non_finite" / "policy"
+        super().__init__(hosts, "policy", PolicyRank, path, config.policy, config.algorithm, temperature, total_updates, config.seed, refused, transport)
         self._bucket_bytes = config.weights.bucket_mib << 20
 
     def logprobs(self, batch: RolloutBatch) -> Pending[Float[Tensor, "B T"]]:

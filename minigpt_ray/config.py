@@ -202,6 +202,8 @@ class SFTConfig(JobConfig):
     """The model to train."""
     files: tuple[Path, ...] = ()
     """JSONL files of demonstrations; none: what prepare_data wrote in this run."""
+    separator: str | None = None
+    """For {"text"} rows: the answer begins behind the first occurrence of this string, the prompt ends before it."""
     steps: PositiveInt = 1000
     """Optimizer steps."""
     batch_size: PositiveInt = 64
