@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 MAY_DIFFER_ON_RESUME = ("run", "output_dir", "steps", "logging", "checkpoint", "evaluation", "placement", "generator")
 """Fields, or sections, of the configuration that a resumed run may change; any other difference would be another run."""
+REWARD_FIELDS_THAT_MAY_DIFFER = ("url", "token_env", "timeout_s", "retries", "backoff_s", "concurrency", "max_response_bytes", "max_errors", "max_outages")
+"""The same for a reward source: where it is and how patiently it is asked, not what it says."""
 
 
 class Preparation:
@@ -112,10 +114,16 @@ def find_start(config: PPOConfig | SFTConfig, directory: Path, checkpoints: Chec
 def refuse_differences(before: Mapping[str, Any], now: Mapping[str, Any], start: Path, may_differ: Collection[str] = MAY_DIFFER_ON_RESUME) -> None:
     """Raise ValueError, naming every field, when a resumed run would not be the run that was saved."""
     old, new = _flat(before), _flat(now)
-    changed = [name for name in sorted(old.keys() | new.keys()) if name.split(".")[0] not in may_differ and old.get(name) != new.get(name)]
+    different = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    changed = [name for name in different if name.split(".")[0] not in may_differ and not _is_of_a_reward_call(name)]
     if changed:
         listed = ", ".join(f"{name}: {old.get(name)} -> {new.get(name)}" for name in changed)
         raise ValueError(f"cannot resume from {start}, the configuration has changed ({listed}); undo that, or choose another run=")
+
+
+def _is_of_a_reward_call(name: str) -> bool:
+    section, *_, field = name.split(".")
+    return section == "rewards" and field in REWARD_FIELDS_THAT_MAY_DIFFER
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from minigpt_ray.cli import ConfigError, load_config, read_config, resolved, to_yaml, write_resolved
-from minigpt_ray.config import PPOConfig, PrepareConfig, SFTConfig
+from minigpt_ray.config import PPOConfig, PrepareConfig, ServeRewardConfig, SFTConfig
 
-ROOTS = (PPOConfig, SFTConfig, PrepareConfig)
+ROOTS = (PPOConfig, SFTConfig, PrepareConfig, ServeRewardConfig)
 
 
 @pytest.fixture
