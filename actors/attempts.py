@@ -4,7 +4,7 @@ import logging
 import math
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +20,8 @@ Call = Callable[[list[Rollout]], list[float]]
 LIMITS = {"errors": "max_errors", "timeouts": "max_outages", "lost": "max_outages"}
 """Kind of a failed call -> field of the source that says how many rollouts it may leave without a score."""
 COUNTERS = (*LIMITS, "retries")
+WINDOW = 100
+"""Rollouts, the newest, of which a share is taken, or all that are scored in one go if they are more: chunks may be small."""
 LONGEST_WAIT_S = 30.0
 """Between two attempts, however many there were."""
 
@@ -49,16 +51,54 @@ class Scored:
     """One sentence when more rollouts than allowed stayed without a score, else empty."""
 
 
+class Tally:
+    """Which of the newest rollouts a source left without a score, and why. For several threads."""
+
+    def __init__(self, label: str, config: CalledReward, remedies: Mapping[str, str]) -> None:
+        self.label, self.config, self.remedies = label, config, remedies
+        self.too_many = ""
+        """One sentence, once more rollouts than allowed are without a score."""
+        self._newest: deque[str] = deque()
+        self._window = WINDOW
+        self._lock = threading.Lock()
+
+    def begin(self, size: int) -> None:
+        """`size` rollouts are about to be scored."""
+        self._window = max(WINDOW, size)
+
+    def scored(self) -> None:
+        """A rollout has its score."""
+        with self._lock:
+            self._add("")
+
+    def without(self, fault: Fault) -> None:
+        """A rollout stays without one."""
+        limit = LIMITS[fault.kind]
+        share = getattr(self.config, limit)
+        with self._lock:
+            if not any(self._newest):
+                logger.warning("%s: a rollout stays without a score: %s\n%s", self.label, fault.reason, fault.detail)
+            self._add(limit)
+            count = self._newest.count(limit)
+            if count > share * self._window and not self.too_many:
+                self.too_many = (
+                    f"{self.label}: {count} of the newest {len(self._newest)} rollouts stay without a score, "
+                    f"where {limit}={share:g} of {self._window} may; the last failure: {fault.reason}; {self.remedies[limit]}"
+                )
+
+    def _add(self, outcome: str) -> None:
+        self._newest.append(outcome)
+        while len(self._newest) > self._window:
+            self._newest.popleft()
+
+
 @dataclass(frozen=True)
 class Source:
     """A reward source that is called."""
 
-    label: str
-    """What sentences call it."""
-    config: CalledReward
+    tally: Tally
     call: Call
-    remedies: Mapping[str, str]
-    """For max_errors and max_outages: what a user can do."""
+    retries: int
     batch_size: int | None
     """Rollouts of one call; None is all of them."""
     concurrency: int
@@ -70,7 +110,7 @@ class Source:
         """Scores of all valid rollouts; the others get none.
 
         A batch of b rollouts takes at most 1 + retries + b calls: those on the batch, and, when all of them failed, one
-        on each of its rollouts. No call begins once too many rollouts are without a score.
+        on each of its rollouts. No call begins once too many of the newest rollouts are without a score.
         """
         return _Round(self, rollouts).result()
 
@@ -83,11 +123,10 @@ class _Round:
         self.asked = [place for place, rollout in enumerate(rollouts) if rollout.valid]
         self.scores = [math.nan] * len(rollouts)
         self.calls: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
-        self.without: Counter[str] = Counter()
-        self.too_many = ""
         self.lock = threading.Lock()
 
     def result(self) -> Scored:
+        self.source.tally.begin(len(self.asked))
         size = self.source.batch_size or max(1, len(self.asked))
         batches = [self.asked[start : start + size] for start in range(0, len(self.asked), size)]
         if self.source.concurrency == 1:
@@ -96,19 +135,19 @@ class _Round:
         else:
             with ThreadPoolExecutor(self.source.concurrency) as threads:
                 list(threads.map(self._batch, batches))
-        return Scored(self.scores, dict(self.calls), self.too_many)
+        return Scored(self.scores, dict(self.calls), self.source.tally.too_many)
 
     def _batch(self, places: list[int]) -> None:
-        fault = self._attempts(places, 1 + self.source.config.retries)
+        fault = self._attempts(places, 1 + self.source.retries)
         if fault is None:
             return
         if len(places) == 1:
-            self._leave(fault)
+            self.source.tally.without(fault)
             return
         for place in places:
             fault = self._attempts([place], 1, again=True)
             if fault is not None:
-                self._leave(fault)
+                self.source.tally.without(fault)
 
     def _attempts(self, places: list[int], times: int, again: bool = False) -> Fault | None:
         """None when there are scores, or there is no need of them any more; else why the last attempt failed."""
@@ -116,7 +155,7 @@ class _Round:
         for attempt in range(times):
             if attempt:
                 time.sleep(min(self.source.backoff_s * 2 ** (attempt - 1), LONGEST_WAIT_S))
-            if self.too_many:
+            if self.source.tally.too_many:
                 return None
             self._count("retries", int(again or attempt > 0))
             try:
@@ -129,26 +168,13 @@ class _Round:
                 continue
             for place, score in zip(places, scores, strict=True):
                 self.scores[place] = score
+                self.source.tally.scored()
             return None
         return last
 
     def _count(self, name: str, number: int) -> None:
         with self.lock:
             self.calls[name] += number
-
-    def _leave(self, fault: Fault) -> None:
-        """A rollout stays without a score."""
-        limit = LIMITS[fault.kind]
-        share = getattr(self.source.config, limit)
-        with self.lock:
-            self.without[limit] += 1
-            if self.without.total() == 1:
-                logger.warning("%s: a rollout stays without a score: %s\n%s", self.source.label, fault.reason, fault.detail)
-            if self.without[limit] > share * len(self.asked) and not self.too_many:
-                self.too_many = (
-                    f"{self.source.label}: {self.without[limit]} of {len(self.asked)} rollouts stay without a score, more than {limit}={share:g} allows; "
-                    f"the last failure: {fault.reason}; {self.source.remedies[limit]}"
-                )
 
 
 def first_line(error: BaseException) -> str:

@@ -39,7 +39,7 @@ def _score(
     generator: Generator, rewards: Rewards, prompts: Sequence[Prompt], sampling: SamplingConfig, prefix: str
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     rollouts = generator.generate(prompts, sampling)
-    scores, verified = gather(rewards.score(rollouts, RolloutBatch.of(rollouts)), rewards.verify(rollouts))
+    scores, verified = gather(rewards.score(rollouts, RolloutBatch.of(rollouts)), rewards.verify(rollouts)).result()
     totals = scores.total.tolist()
     return evaluation_metrics(rollouts, verified, totals, prefix), [sample_row(r, reward, kind="eval") for r, reward in zip(rollouts, totals, strict=True)]
 

@@ -6,7 +6,7 @@ whoever generates them, and a prompt that is handed out again after a worker's d
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -14,7 +14,7 @@ import numpy as np
 import ray
 from torch import Tensor
 
-from actors.group import Group, Rank, by_reference
+from actors.group import Group, Rank, Timed, by_reference
 from actors.placement import Cluster
 from actors.weights import TRANSPORTS, Publication, probe_gap
 from minigpt_ray.config import GeneratorConfig, SamplingConfig
@@ -46,10 +46,21 @@ class Completion:
     """`stop` or `length`."""
 
 
+@dataclass(frozen=True)
+class Answer:
+    """One response as a worker gives it."""
+
+    completion: Completion
+    text: str
+
+
 class GeneratorEngine(Protocol):
     """What a generator worker needs of an engine."""
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> list[Completion]: ...
+    def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[tuple[int, Completion]]:
+        """A completion for each request, with the request's index, in the order in which they end."""
+        ...
+
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None: ...
     def load_by(self, loader: Callable[..., T], *args: Any) -> list[T]: ...
     def probe(self, token_ids: Sequence[int]) -> list[float]: ...
@@ -104,12 +115,18 @@ class GeneratorWorker:
         self.version = publication.version
         return Received(self.version, gap, time.perf_counter() - start)
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingConfig, version: int) -> list[tuple[Completion, str]]:
-        """Completions and their text, in order."""
+    def generate(self, requests: Sequence[Request], sampling: SamplingConfig, version: int) -> Iterator[tuple[int, list[Answer]]]:
+        """`sampling.n` consecutive requests are a group. Yields each group's number and answers as soon as all of them are there."""
         if version != self.version:
             raise RuntimeError(f"this worker has proved weights version {self.version} and was asked to generate with {version}")
-        completions = self.engine.generate(requests, sampling)
-        return [(c, str(self.tokenizer.decode(c.token_ids, skip_special_tokens=True))) for c in completions]
+        groups: dict[int, dict[int, Answer]] = {}
+        for index, completion in self.engine.generate(requests, sampling):
+            number, sample = divmod(index, sampling.n)
+            group = groups.setdefault(number, {})
+            group[sample] = Answer(completion, str(self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)))
+            if len(group) == sampling.n:
+                yield number, [group[sample] for sample in range(sampling.n)]
+                del groups[number]
 
     def load_checkpoint(self, version: int) -> None:
         """Generate with the checkpoint that the engine was built from, as `version`."""
@@ -163,44 +180,61 @@ class Generator(Group[GeneratorWorker]):
         self.call(GeneratorWorker.load_checkpoint, version).result()
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Rollout]:
-        """`sampling.n` rollouts per prompt, ordered by prompt and sample, whoever generated them.
+        """`sampling.n` rollouts per prompt, ordered by prompt and sample, whoever generated them."""
+        return [rollout for chunk in self.stream(prompts, sampling, len(prompts)) for rollout in chunk]
 
-        Prompts are cut into one contiguous part per worker. A worker that dies is replaced, up to
-        generator.restart_limit times in a run, and its part is generated again, with the same tokens. With
-        generator.sleep_between_phases workers sleep afterwards, and load the current publication again if they are
-        asked for more before the next one.
+    def stream(self, prompts: Sequence[Prompt], sampling: SamplingConfig, chunk: int) -> Iterator[list[Rollout]]:
+        """The same in chunks of so many consecutive prompts, each as soon as it is whole, while the rest still generates.
+
+        Which prompts make a chunk depends on nothing but their order. Each worker has a contiguous part of the prompts. A
+        worker that dies is replaced, up to generator.restart_limit times in a run, and what it had not finished is
+        generated again, with the same tokens. With generator.sleep_between_phases workers sleep afterwards, and load the
+        current publication again if they are asked for more before the next one.
         """
-        parts = [prompts[Rank(index, len(self.hosts), "cpu").share(len(prompts))] for index in range(len(self.hosts))]
         if self._asleep and self._publication is not None:
             self._deliver(self.hosts, self._publication)
-        requests = [[Request(p.token_ids, sampling_seed(self._seed, p.serial, s)) for p in part for s in range(sampling.n)] for part in parts]
-        start, memory = time.perf_counter(), 0
-        pending = [self._submit(index, request, sampling) for index, request in enumerate(requests)]
-        rollouts: list[Rollout] = []
-        for index, part in enumerate(parts):
-            timed = self._result(index, pending[index], requests[index], sampling)
-            memory += timed.memory_bytes
-            wanted = [(prompt, sample) for prompt in part for sample in range(sampling.n)]
-            rollouts += [
-                _rollout(prompt, sample, completion, text, self.version) for (prompt, sample), (completion, text) in zip(wanted, timed.value, strict=True)
-            ]
-        self.usage.busy_seconds += time.perf_counter() - start
-        self.usage.memory_bytes = memory
+        finished: dict[int, list[Rollout]] = {}
+        for position, answers in self._groups(prompts, sampling):
+            finished[position] = [_rollout(prompts[position], sample, answer, self.version) for sample, answer in enumerate(answers)]
+            members = range(position - position % chunk, min(position - position % chunk + chunk, len(prompts)))
+            if all(member in finished for member in members):
+                yield [rollout for member in members for rollout in finished[member]]
         if self._sleeps and self._publication is not None:
             self.call(GeneratorWorker.sleep).result()
             self._asleep = True
-        return rollouts
 
-    def _submit(self, index: int, requests: list[Request], sampling: SamplingConfig) -> Any:
-        return self.hosts[index].call.remote(self.role, GeneratorWorker.generate, (requests, sampling, self.version))
+    def _groups(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> Iterator[tuple[int, list[Answer]]]:
+        """Position of a prompt and the answers to it, in the order in which they are complete."""
+        seconds, memory = [0.0] * len(self.hosts), [0] * len(self.hosts)
 
-    def _result(self, index: int, pending: Any, requests: list[Request], sampling: SamplingConfig) -> Any:
-        while True:
+        def submit(worker: int, positions: Sequence[int]) -> Any:
+            requests = [Request(prompts[p].token_ids, sampling_seed(self._seed, prompts[p].serial, s)) for p in positions for s in range(sampling.n)]
+            return self.hosts[worker].stream.remote(self.role, GeneratorWorker.generate, (requests, sampling, self.version))
+
+        shares = [range(len(prompts))[Rank(worker, len(self.hosts), "cpu").share(len(prompts))] for worker in range(len(self.hosts))]
+        streams = {submit(worker, share): (worker, list(share)) for worker, share in enumerate(shares)}
+        left = set(range(len(prompts)))
+        while streams:
+            stream: Any = ray.wait(list(streams), num_returns=1)[0][0]
+            worker, positions = streams[stream]
             try:
-                return ray.get(pending)
+                timed: Timed = ray.get(next(stream))
+            except StopIteration:
+                del streams[stream]
+                continue
             except ray.exceptions.RayActorError as death:
-                self._replace(index, death)
-                pending = self._submit(index, requests, sampling)
+                del streams[stream]
+                self._replace(worker, death)
+                again = [position for position in positions if position in left]
+                streams[submit(worker, again)] = (worker, again)
+                continue
+            seconds[worker] += timed.seconds
+            memory[worker] = timed.memory_bytes
+            number, answers = timed.value
+            left.discard(positions[number])
+            yield positions[number], answers
+        self.usage.busy_seconds += max(seconds)
+        self.usage.memory_bytes = sum(memory)
 
     def _replace(self, index: int, death: Exception) -> None:
         """Start a worker in the place of a dead one and bring it to the current version."""
@@ -229,7 +263,8 @@ class Generator(Group[GeneratorWorker]):
         }
 
 
-def _rollout(prompt: Prompt, sample: int, completion: Completion, text: str, version: int) -> Rollout:
+def _rollout(prompt: Prompt, sample: int, answer: Answer, version: int) -> Rollout:
+    completion = answer.completion
     size = len(completion.token_ids)
     return Rollout(
         prompt=prompt,
@@ -238,6 +273,6 @@ def _rollout(prompt: Prompt, sample: int, completion: Completion, text: str, ver
         model_mask=np.ones(size, bool),
         logprobs=completion.logprobs,
         weight_versions=np.full(size, version, np.int32),
-        text=text,
+        text=answer.text,
         finish_reason=completion.finish_reason,
     )

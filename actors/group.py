@@ -9,7 +9,7 @@ import os
 import socket
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
@@ -92,6 +92,13 @@ class RankHost:
         value = method(self.roles[role], *values)
         return Timed(value, time.perf_counter() - start, psutil.Process().memory_info().rss)
 
+    def stream(self, role: str, method: Callable[..., Iterator[Any]], args: tuple[Any, ...]) -> Iterator[Timed]:
+        """Run a method that yields; each value travels as soon as it is there, with the seconds since the one before it."""
+        start = time.perf_counter()
+        for value in method(self.roles[role], *args):
+            yield Timed(value, time.perf_counter() - start, psutil.Process().memory_info().rss)
+            start = time.perf_counter()
+
 
 @dataclass(frozen=True)
 class Shared:
@@ -132,14 +139,14 @@ class Pending(Generic[T]):
 
 
 @overload
-def gather(a: Pending[A], b: Pending[B], /) -> tuple[A, B]: ...
+def gather(a: Pending[A], b: Pending[B], /) -> Pending[tuple[A, B]]: ...
 @overload
-def gather(a: Pending[A], b: Pending[B], c: Pending[C], /) -> tuple[A, B, C]: ...
+def gather(a: Pending[A], b: Pending[B], c: Pending[C], /) -> Pending[tuple[A, B, C]]: ...
 @overload
-def gather(a: Pending[A], b: Pending[B], c: Pending[C], d: Pending[D], /) -> tuple[A, B, C, D]: ...
-def gather(*pending: Pending[Any]) -> tuple[Any, ...]:
-    """Wait for several results that are computed side by side."""
-    return tuple(p.result() for p in pending)
+def gather(a: Pending[A], b: Pending[B], c: Pending[C], d: Pending[D], /) -> Pending[tuple[A, B, C, D]]: ...
+def gather(*pending: Pending[Any]) -> Pending[Any]:
+    """Several results that are computed side by side, as one."""
+    return Pending(lambda: tuple(p.result() for p in pending))
 
 
 @dataclass

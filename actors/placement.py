@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,9 @@ def environment(threads: int) -> dict[str, Any]:
 
 
 def roles_of(config: PlacementConfig, rewards: Mapping[str, AnyReward]) -> dict[str, RolePlacement]:
-    """The roles of a PPO job: each gets processes of its own."""
-    return {"generator": config.generator, "policy": config.policy, "critic": config.critic, "reference": config.reference, **_reward_roles(config, rewards)}
+    """The roles of a PPO job that have processes of their own; the others live in theirs."""
+    roles = {"generator": config.generator, "policy": config.policy, "critic": config.critic, "reference": config.reference, **_reward_roles(config, rewards)}
+    return {name: role for name, role in roles.items() if config.home(name) == name}
 
 
 def roles_of_evaluation(config: PlacementConfig, rewards: Mapping[str, AnyReward]) -> dict[str, RolePlacement]:
@@ -59,11 +61,21 @@ def _reward_roles(config: PlacementConfig, rewards: Mapping[str, AnyReward]) -> 
     return {"rewards": RolePlacement(), **{f"reward_model_{i}": config.reward_model for i in range(models)}}
 
 
+@dataclass
+class Started:
+    """Processes that run, the roles that live in them, and whether they have formed a process group."""
+
+    hosts: list[Any]
+    tenants: set[str] = field(default_factory=set)
+    joined: bool = False
+
+
 class Cluster:
     """The Ray cluster while a job runs: checks that the request fits, then starts hosts where their bundles are."""
 
     def __init__(self, config: PlacementConfig, roles: Mapping[str, RolePlacement]) -> None:
-        self.roles = roles
+        self.config, self.roles = config, roles
+        self._started: dict[str, Started] = {}
         connect(config.address, cpus=sum(r.ranks * r.cpus for r in roles.values()))
         preflight(roles)
         self._groups = {name: self._reserve(name, role, config.strategy) for name, role in roles.items()}
@@ -75,15 +87,19 @@ class Cluster:
             raise PlacementError(f"placement.{name}: no node has room for {role.ranks} x {bundle}; see `ray status`")
         return group
 
-    def hosts(self, name: str, form_group: bool) -> list[Any]:
-        """Start the processes of a role; with `form_group` they join one process group."""
-        role = self.roles[name]
-        hosts = [self.host(name, index) for index in range(role.ranks)]
-        if form_group:
-            address, port = ray.get(hosts[0].address.remote())
-            for host in hosts:
+    def hosts(self, role: str, form_group: bool) -> list[Any]:
+        """The processes of a role, started now unless a role that shares them has; with `form_group` they join one process group."""
+        name = role if role in self.roles else self.config.home(role)
+        if name not in self._started or role in self._started[name].tenants:  # a role that comes again has ended its processes
+            self._started[name] = Started([self.host(name, index) for index in range(self.roles[name].ranks)])
+        started = self._started[name]
+        started.tenants.add(role)
+        if form_group and not started.joined:
+            address, port = ray.get(started.hosts[0].address.remote())
+            for host in started.hosts:
                 host.join.remote(address, port)
-        return hosts
+            started.joined = True
+        return list(started.hosts)
 
     def host(self, name: str, index: int) -> Any:
         """Start process `index` of a role in its bundle of the reservation."""

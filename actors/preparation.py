@@ -122,8 +122,7 @@ def refuse_differences(before: Mapping[str, Any], now: Mapping[str, Any], start:
 
 
 def _is_of_a_reward_call(name: str) -> bool:
-    section, *_, field = name.split(".")
-    return section == "rewards" and field in REWARD_FIELDS_THAT_MAY_DIFFER
+    return name.startswith("rewards.") and name.rpartition(".")[2] in REWARD_FIELDS_THAT_MAY_DIFFER
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

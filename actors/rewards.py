@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import torch
 
-from actors.attempts import COUNTERS, Fault, Scored, Source, first_line
+from actors.attempts import COUNTERS, Fault, Scored, Source, Tally, first_line
 from actors.group import Group, Pending, Rank
 from actors.placement import Cluster
 from actors.reward_http import RewardServer
@@ -79,10 +79,11 @@ class RewardFunctions:
             function = FunctionProcess(name, source.function, source.timeout_s)
             slow = f"make the function faster, raise {label}.timeout_s, {or_allow['max_outages']}"
             remedies = {"max_errors": f"mend {source.function}, {or_allow['max_errors']}", "max_outages": slow}
-            return Source(label, source, function, remedies, source.batch_size, concurrency=1, backoff_s=0)
+            return Source(Tally(label, source, remedies), function, source.retries, source.batch_size, concurrency=1, backoff_s=0)
         absent = f"see to the server, raise {label}.timeout_s or {label}.retries, {or_allow['max_outages']}"
         remedies = {"max_errors": f"mend the server, {or_allow['max_errors']}", "max_outages": absent}
-        return Source(label, source, RewardServer(source, tokens[name]), remedies, source.batch_size, source.concurrency, source.backoff_s)
+        server = RewardServer(source, tokens[name])
+        return Source(Tally(label, source, remedies), server, source.retries, source.batch_size, source.concurrency, source.backoff_s)
 
     def score(self, rollouts: list[Rollout]) -> dict[str, Scored]:
         """What every source says, one after the other."""
@@ -95,7 +96,7 @@ class RewardFunctions:
 
 def _verifier(config: VerifierReward, label: str, remedy: str) -> Source:
     call = _exact if config.exact_only else _partial
-    return Source(label, config, call, {"max_errors": remedy}, batch_size=1, concurrency=1, backoff_s=0)
+    return Source(Tally(label, config, {"max_errors": remedy}), call, config.retries, batch_size=1, concurrency=1, backoff_s=0)
 
 
 def _partial(rollouts: list[Rollout]) -> list[float]:

@@ -1,6 +1,6 @@
 """A generator engine on transformers alone: for unit tests and platforms without vLLM. Slower, same contract."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,12 +25,12 @@ class TransformersEngine:
         self.tokenizer = load_tokenizer(path)
         self.batch_size = config.max_num_seqs
 
-    @torch.no_grad()
-    def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> list[Completion]:
-        """One completion per request, in order."""
-        batches = [requests[start : start + self.batch_size] for start in range(0, len(requests), self.batch_size)]
-        return [completion for batch in batches for completion in self._generate(batch, sampling)]
+    def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[tuple[int, Completion]]:
+        """A completion for each request, with the request's index, batch by batch."""
+        for start in range(0, len(requests), self.batch_size):
+            yield from enumerate(self._generate(requests[start : start + self.batch_size], sampling), start)
 
+    @torch.no_grad()
     def _generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> list[Completion]:
         width = max(len(r.token_ids) for r in requests)
         ids = torch.zeros(len(requests), width, dtype=torch.long)

@@ -13,6 +13,7 @@ from torch import Tensor
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
 from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind
 
 from actors.generator import Completion, Request
 from minigpt_ray.config import GeneratorConfig, SamplingConfig
@@ -73,10 +74,11 @@ class VLLMEngine:
         )
         self.eos_token_id = self.llm.get_tokenizer().eos_token_id
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> list[Completion]:
-        """One completion per request, in order."""
-        parameters = [
-            SamplingParams(
+    def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[tuple[int, Completion]]:
+        """A completion for each request, with the request's index, in the order in which they end."""
+        engine = self.llm.llm_engine
+        for index, request in enumerate(requests):
+            parameters = SamplingParams(
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
@@ -87,11 +89,16 @@ class VLLMEngine:
                 logprobs=0,
                 flat_logprobs=True,
                 detokenize=bool(sampling.stop),
+                output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            for request in requests
-        ]
-        prompts = [TokensPrompt(prompt_token_ids=request.token_ids.tolist()) for request in requests]
-        return [_completion(output) for output in self.llm.generate(prompts, parameters, use_tqdm=False)]
+            engine.add_request(str(index), TokensPrompt(prompt_token_ids=request.token_ids.tolist()), parameters)
+        try:
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    assert isinstance(output, RequestOutput)
+                    yield int(output.request_id), _completion(output)
+        finally:  # nothing is left for the next call when this one is given up
+            engine.abort_request([str(index) for index in range(len(requests))])
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Replace weights in place; what was cached for the old ones is dropped."""

@@ -14,17 +14,18 @@ from minigpt_ray.config import PPOConfig
 
 def train(config: PPOConfig) -> None:
     """Run PPO from the newest checkpoint (checkpoint.resume=auto) or from the beginning."""
+    from actors.collection import collect
     from actors.critic import Critic
     from actors.evaluation import log_evaluation, sample_row
     from actors.generator import Generator
-    from actors.group import gather
+    from actors.group import Pending, gather
     from actors.placement import Cluster
     from actors.policy import Policy
     from actors.preparation import Preparation
     from actors.reference import Reference
     from actors.rewards import Rewards
     from actors.training import Training
-    from minigpt_ray.rl.experience import RolloutBatch, Scores
+    from minigpt_ray.rl.experience import Rollout, RolloutBatch, Scores
     from minigpt_ray.rl.metrics import rollout_metrics, score_metrics
     from minigpt_ray.rl.step import make_experience
     from minigpt_ray.tracking import Timer
@@ -37,33 +38,37 @@ def train(config: PPOConfig) -> None:
         generator = Generator(cluster, ready.policy_path, config.generator, ready.max_model_len, tensor_parallel, config.seed, tolerance)
         policy, critic, reference = Policy(cluster, config), Critic(cluster, config), Reference(cluster, config)
         rewards = Rewards(cluster, config.rewards, config.run_dir, ready.policy_path)
-        training = Training(ready, policy, critic, [generator, policy, critic, reference, *rewards.groups])
-        generator.receive(policy.publish(training.state.step))
-        if training.state.step == 0:
-            log_evaluation(tracker, 0, generator, rewards, ready.held_out, config.evaluation)
 
-        for state in training.steps():
-            timer = Timer()
-            with timer("rollout"):
-                rollouts = generator.generate(training.prompts.next(config.prompts_per_step), config.sampling)
-            with timer("score"):
-                batch = RolloutBatch.of(rollouts)
-                scores = Scores(*gather(policy.logprobs(batch), reference.logprobs(batch), critic.values(batch), rewards.score(rollouts, batch)))
-            with timer("advantage"):
-                experience, state = make_experience(batch, scores, config.algorithm, state)
-            with timer("learn"):
-                learnt = gather(policy.update(experience), critic.update(experience))
-            with timer("publish"):
-                generator.receive(policy.publish(state.step))
+        def score(rollouts: list[Rollout]) -> Pending[Scores]:
+            """What every role says about some rollouts, all at once."""
+            batch = RolloutBatch.of(rollouts)
+            parts = gather(policy.logprobs(batch), reference.logprobs(batch), critic.values(batch), rewards.score(rollouts, batch))
+            return parts.then(lambda parts: Scores(*parts))
 
-            measured = rollout_metrics(rollouts, state.step - 1) | score_metrics(rollouts, batch, scores, experience)
-            tracker.log(state.step, training.metrics(state, batch, timer) | measured | learnt[0] | learnt[1] | generator.metrics() | rewards.metrics())
-            tracker.samples(state.step, map(sample_row, rollouts[: config.logging.samples_per_step], scores.rewards.total.tolist()))
-            if config.evaluation.due(state.step, config.steps):
-                log_evaluation(tracker, state.step, generator, rewards, ready.held_out, config.evaluation)
-            training.commit(state)  # writes a checkpoint when one is due
-        policy.export(ready.directory / "model")
-        tracker.message(f"the model is in {ready.directory / 'model'}")
+        with Training(ready, policy, critic, [generator, policy, critic, reference, *rewards.groups]) as training:
+            generator.receive(policy.publish(training.state.step))
+            if training.state.step == 0:
+                log_evaluation(tracker, 0, generator, rewards, ready.held_out, config.evaluation)
+
+            for state in training.steps():
+                timer = Timer()
+                rollouts, batch, scores, counts = collect(training.prompts, generator, score, config, timer)
+                with timer("advantage"):
+                    experience, state = make_experience(batch, scores, config.algorithm, state)
+                training.begin_update()
+                with timer("learn"):
+                    learnt = gather(policy.update(experience), critic.update(experience)).result()
+                with timer("publish"):
+                    generator.receive(policy.publish(state.step))
+
+                measured = rollout_metrics(rollouts, state.step - 1) | score_metrics(rollouts, batch, scores, experience) | counts
+                tracker.log(state.step, training.metrics(state, batch, timer) | measured | learnt[0] | learnt[1] | generator.metrics() | rewards.metrics())
+                tracker.samples(state.step, map(sample_row, rollouts[: config.logging.samples_per_step], scores.rewards.total.tolist()))
+                if config.evaluation.due(state.step, config.steps):
+                    log_evaluation(tracker, state.step, generator, rewards, ready.held_out, config.evaluation)
+                training.commit(state)  # writes a checkpoint when one is due
+            policy.export(ready.directory / "model")
+            tracker.message(f"the model is in {ready.directory / 'model'}")
 
 
 if __name__ == "__main__":

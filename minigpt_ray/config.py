@@ -269,6 +269,8 @@ class AlgorithmConfig(Config):
     """Passes over the step's rollouts."""
     mini_batch_size: PositiveInt = 64
     """Rollouts per optimizer step, over all ranks."""
+    replacement_rounds: NonNegativeInt = 0
+    """Rounds in which prompts whose rollouts all earn the same, and so teach nothing, are replaced by the next ones (dynamic sampling, arXiv:2503.14476)."""
     critic_warmup_steps: NonNegativeInt = 0
     """First steps in which only the critic learns."""
     non_finite: Literal["stop", "skip"] = "stop"
@@ -326,7 +328,7 @@ class CalledReward(RewardSource):
     retries: NonNegativeInt = 2
     """Repetitions of a call that failed. After them the rollouts of a batch are scored one by one, once each, so that only the guilty ones stay without a score."""
     max_errors: float = Field(default=0.1, ge=0, le=1)
-    """Largest share of the rollouts scored together (a step's, an evaluation's) that may stay without a score because the source raised an error or gave no valid answer; more stop the run."""
+    """Largest share of the newest rollouts (100, or all that are scored together if more) that may stay without a score because the source raised an error or gave no valid answer; more stop the run."""
     max_outages: float = Field(default=0.1, ge=0, le=1)
     """The same for those whose scoring took too long, whose process died or whose server could not be reached."""
 
@@ -465,6 +467,32 @@ class PlacementConfig(Config):
     """Reference ranks."""
     reward_model: RolePlacement = RolePlacement()
     """Ranks of each reward model."""
+    colocate: tuple[tuple[str, ...], ...] = ()
+    """Sets of roles that share processes, for example `[[policy, reference], [critic, reward_model, rewards]]`: rank i of each lives in one process, which has the CPUs and GPUs of the set's first role. They compute in turn, and libraries, contexts and memory are paid once. The generator has processes of its own."""
+
+    def home(self, role: str) -> str:
+        """The role whose processes `role` lives in: the first of its set, or its own."""
+        kind = "reward_model" if role.startswith("reward_model_") else role
+        return next((shared[0] for shared in self.colocate if kind in shared), role)
+
+    @model_validator(mode="after")
+    def _sets_that_can_be(self) -> "PlacementConfig":
+        listed = [name for shared in self.colocate for name in shared]
+        ranks = {name: getattr(self, name).ranks for name in ("policy", "critic", "reference", "reward_model")} | {"rewards": 1}
+        for name in listed:
+            if name not in ranks:
+                raise ValueError(f"colocate names {name!r}; use some of {', '.join(ranks)}")
+            if listed.count(name) > 1:
+                raise ValueError(f"colocate names {name} twice; a role lives in one place")
+        for shared in self.colocate:
+            if not shared or shared[0] not in ("policy", "critic", "reference"):
+                raise ValueError(f"colocate has the set [{', '.join(shared)}]; its first role gives the processes and must be policy, critic or reference")
+            for name in shared:
+                if ranks[name] != ranks[shared[0]]:
+                    raise ValueError(
+                        f"colocate puts {name} with {ranks[name]} ranks into the processes of {shared[0]} with {ranks[shared[0]]}; give both the same number"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _a_gpu_for_each_rank(self) -> "PlacementConfig":
@@ -504,6 +532,8 @@ class PPOConfig(JobConfig):
     """Rollout-and-learn steps."""
     prompts_per_step: PositiveInt = 64
     """Prompts drawn in a step; each gives sampling.n rollouts."""
+    score_chunk: PositiveInt = 64
+    """Consecutive prompts whose rollouts are scored together, as soon as all of them are there and while the rest still generates."""
     data: PromptsConfig = PromptsConfig()
     """Training prompts."""
     sampling: SamplingConfig = SamplingConfig()
@@ -552,6 +582,10 @@ class PPOConfig(JobConfig):
         if rows % mini:
             raise ValueError(
                 f"prompts_per_step={self.prompts_per_step} x sampling.n={sampling.n} = {rows} rollouts do not divide into algorithm.mini_batch_size={mini}; use a divisor of {rows}"
+            )
+        if self.algorithm.replacement_rounds and sampling.n == 1:
+            raise ValueError(
+                f"algorithm.replacement_rounds={self.algorithm.replacement_rounds} compares the rollouts of a prompt, but sampling.n=1; raise sampling.n or set it to 0"
             )
         for role in ("policy", "critic"):
             ranks = getattr(self.placement, role).ranks

@@ -7,7 +7,7 @@ It is an estimate to plan by, within about a third of what a process turns out t
 nor ray: the model is known by its config.json, and without one the answer is that it is unknown until the model exists.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -37,6 +37,8 @@ class RoleMemory:
     parts: dict[str, float]
     """GiB of one rank, on its GPU if it has one."""
     note: str = ""
+    own_processes: bool = True
+    """False where the role lives in those of another one, which has the CPUs and GPUs."""
 
     @property
     def gib(self) -> float | None:
@@ -56,7 +58,7 @@ def estimate(config: PPOConfig | EvaluateConfig) -> list[RoleMemory]:
         return policy if init_from == "policy" else find_shape(init_from, config.run_dir)
 
     models = [source for source in config.rewards.values() if isinstance(source, ModelReward)]
-    return [
+    roles = [
         _generator(config, config.policy.init_from, policy),
         _learner("policy", place.policy, config.policy, policy, scalar_head=False),
         _learner("critic", place.critic, config.critic, shape_of(config.critic.init_from), scalar_head=True),
@@ -64,6 +66,7 @@ def estimate(config: PPOConfig | EvaluateConfig) -> list[RoleMemory]:
         *(_frozen(f"reward_model_{i}", place.reward_model, model, shape_of(model.init_from), scalar_head=True) for i, model in enumerate(models)),
         RoleMemory("rewards", RolePlacement(), None, {"process": PROCESS_GIB["rewards"]}),
     ]
+    return [role if place.home(role.name) == role.name else _in_processes_of(place.home(role.name), role) for role in roles]
 
 
 def find_shape(init_from: str, run_dir: Path) -> ModelShape | None:
@@ -165,6 +168,11 @@ def _known(name: str, placement: RolePlacement, parameters: int, parts: dict[str
     return RoleMemory(name, placement, parameters, {part: size / GIB for part, size in parts.items()} | {"process": process}, note)
 
 
+def _in_processes_of(home: str, role: RoleMemory) -> RoleMemory:
+    parts = {part: gib for part, gib in role.parts.items() if part != "process"} | ({"process": 0.0} if role.parts else {})
+    return replace(role, parts=parts, note="; ".join(filter(None, [role.note, f"in the processes of {home}"])), own_processes=False)
+
+
 def _unknown(name: str, placement: RolePlacement, init_from: str) -> RoleMemory:
     return RoleMemory(name, placement, None, {}, f"unknown until the model exists on this machine ({init_from})")
 
@@ -175,7 +183,7 @@ def _unknown(name: str, placement: RolePlacement, init_from: str) -> RoleMemory:
 def placement_table(roles: list[RoleMemory]) -> Table:
     """Roles, their processes and what one rank of each needs."""
     table = Table(title="Placement", title_justify="left", show_footer=True)
-    total = [role.placement for role in roles]
+    total = [role.placement for role in roles if role.own_processes]
     known = [role.gib * role.placement.ranks for role in roles if role.gib is not None]
     table.add_column("role", footer="all")
     for name, footer in (
@@ -193,9 +201,9 @@ def placement_table(roles: list[RoleMemory]) -> Table:
         split = ", ".join(f"{part} {gib:.2f}" for part, gib in parts if gib >= 0.005)
         table.add_row(
             role.name,
-            f"{place.ranks}",
-            f"{place.ranks * place.cpus}",
-            f"{place.ranks * place.gpus:g}",
+            f"{place.ranks}" if role.own_processes else "",
+            f"{place.ranks * place.cpus}" if role.own_processes else "",
+            f"{place.ranks * place.gpus:g}" if role.own_processes else "",
             "" if role.parameters is None else f"{role.parameters:,}",
             "?" if role.gib is None else f"{role.gib:.2f}",
             "; ".join(filter(None, [split, role.note])),

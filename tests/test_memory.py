@@ -9,7 +9,7 @@ import pytest
 from minigpt_ray.checkpoint import write_json_atomic
 from minigpt_ray.cli import load_config, read_config
 from minigpt_ray.config import EngineConfig, EvaluateConfig, PPOConfig
-from minigpt_ray.memory import GIB, activation_bytes, estimate, find_shape, state_bytes
+from minigpt_ray.memory import GIB, activation_bytes, estimate, find_shape, placement_table, state_bytes
 from minigpt_ray.presets import PRESETS
 
 
@@ -55,6 +55,16 @@ def test_every_role_is_estimated_once_the_model_exists(run):
     assert roles["critic"].parameters == shape.num_parameters() + shape.hidden_size
     assert roles["generator"].parts["cache"] == 256 / 1024
     assert roles["reference"].parts["weights"] == shape.num_parameters() * 4 / GIB
+
+
+def test_a_role_in_the_processes_of_another_costs_no_process_of_its_own(run):
+    separate, shared = (read_config(PPOConfig, [*run, *more]) for more in ([], ["placement.colocate=[[policy, reference], [critic, rewards]]"]))
+    before, after = ({role.name: role for role in estimate(config)} for config in (separate, shared))
+    assert after["policy"] == before["policy"]
+    assert after["reference"].gib == pytest.approx(before["reference"].gib - before["reference"].parts["process"])
+    assert (after["rewards"].gib, after["rewards"].own_processes) == (0, False)
+    assert after["reference"].note == "in the processes of policy" and after["rewards"].note == "in the processes of critic"
+    assert placement_table(list(after.values())).columns[2].footer == "3"
 
 
 def test_before_the_model_exists_the_memory_is_unknown(tmp_path):

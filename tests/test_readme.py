@@ -168,7 +168,7 @@ def test_every_python_block_parses_and_is_tested() -> None:
 def test_the_reward_function_scores_each_rollout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from actors.rewards import load_function
 
-    (tmp_path / "my_rewards.py").write_text(code("def short"))
+    (tmp_path / "my_rewards.py").write_text(code("def short("))
     monkeypatch.syspath_prepend(str(tmp_path))
     (command,) = [words for words in commands() if any("my_rewards" in word for word in words)]
     source = read_config(PPOConfig, [str(ROOT / word) if word.endswith(".yaml") else word for word in command[3:-1]]).rewards["short"]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,15 @@ class RewardScores:
     failed: Bool[Tensor, "B"]
     """True where a source gave no score; such a rollout does not count."""
 
+    def rows(self, index: Int[Tensor, "R"]) -> "RewardScores":
+        return RewardScores(self.total[index], {name: scores[index] for name, scores in self.by_source.items()}, self.failed[index])
+
+    @classmethod
+    def join(cls, parts: Sequence["RewardScores"]) -> "RewardScores":
+        """The rows of all parts, one after the other."""
+        by_source = {name: torch.cat([part.by_source[name] for part in parts]) for name in parts[0].by_source}
+        return cls(torch.cat([part.total for part in parts]), by_source, torch.cat([part.failed for part in parts]))
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -127,6 +137,22 @@ class Scores:
     values: Float[Tensor, "B T+1"]
     """`values[b, lengths[b]]` is the estimate after the last token: the bootstrap of a truncated response."""
     rewards: RewardScores
+
+    def rows(self, index: Int[Tensor, "R"], width: int) -> "Scores":
+        """The given rows, cut to `width` tokens, which none of them exceeds."""
+        logprobs, reference, values = self.policy_logprobs[index, :width], self.reference_logprobs[index, :width], self.values[index, : width + 1]
+        return Scores(logprobs, reference, values, self.rewards.rows(index))
+
+    @classmethod
+    def join(cls, parts: Sequence["Scores"]) -> "Scores":
+        """The rows of all parts, one after the other, padded with 0 to the widest."""
+        width = max(part.policy_logprobs.shape[1] for part in parts)
+        return cls(
+            torch.cat([pad(part.policy_logprobs, (0, width - part.policy_logprobs.shape[1])) for part in parts]),
+            torch.cat([pad(part.reference_logprobs, (0, width - part.reference_logprobs.shape[1])) for part in parts]),
+            torch.cat([pad(part.values, (0, width + 1 - part.values.shape[1])) for part in parts]),
+            RewardScores.join([part.rewards for part in parts]),
+        )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from actors.attempts import Call, Fault, Source
+from actors.attempts import Call, Fault, Source, Tally
 from minigpt_ray.config import CalledReward
 from minigpt_ray.rl.experience import Prompt, Rollout
 
@@ -21,7 +21,8 @@ def rollouts(*texts: str) -> list[Rollout]:
 
 
 def source(call: Call, batch_size: int | None = None, concurrency: int = 1, backoff_s: float = 0, **fields: float) -> Source:
-    return Source("rewards.mine", CalledReward(**fields), call, REMEDIES, batch_size, concurrency, backoff_s)  # type: ignore[arg-type]
+    config = CalledReward(**fields)  # type: ignore[arg-type]
+    return Source(Tally("rewards.mine", config, REMEDIES), call, config.retries, batch_size, concurrency, backoff_s)
 
 
 class Recorder:
@@ -68,18 +69,31 @@ def test_a_batch_takes_at_most_its_attempts_and_one_call_for_each_rollout(size: 
 @pytest.mark.parametrize("concurrency", [1, 4])
 def test_no_call_begins_once_too_many_rollouts_are_without_a_score(concurrency: int) -> None:
     call = Recorder()
-    found = source(call, batch_size=1, retries=0, max_errors=0.1, concurrency=concurrency).score(rollouts(*["errors"] * 40))
-    assert found.too_many == "rewards.mine: 5 of 40 rollouts stay without a score, more than max_errors=0.1 allows; the last failure: it errors; mend it"
-    assert 5 <= len(call.asked) < 5 + concurrency
+    found = source(call, batch_size=1, retries=0, max_errors=0.1, concurrency=concurrency).score(rollouts(*["errors"] * 120))
+    assert found.too_many == (
+        "rewards.mine: 13 of the newest 13 rollouts stay without a score, where max_errors=0.1 of 120 may; the last failure: it errors; mend it"
+    )
+    assert 13 <= len(call.asked) < 13 + concurrency
 
 
 def test_errors_and_outages_have_budgets_of_their_own() -> None:
     asked = rollouts("errors", "lost", "timeouts", *"abcdefg")
-    assert source(Recorder(), max_errors=0.1, max_outages=0.2).score(asked).too_many == ""
-    assert "2 of 10 rollouts stay without a score, more than max_outages=0.1 allows; the last failure: it timeouts; start it" in (
-        source(Recorder(), max_errors=0.1, max_outages=0.1).score(asked).too_many
-    )
-    assert "1 of 10 rollouts stay without a score, more than max_errors=0 allows" in source(Recorder(), max_errors=0, max_outages=0.2).score(asked).too_many
+    assert source(Recorder(), max_errors=0.01, max_outages=0.02).score(asked).too_many == ""
+    assert (
+        source(Recorder(), max_errors=0.01, max_outages=0.01).score(asked).too_many
+    ) == "rewards.mine: 2 of the newest 3 rollouts stay without a score, where max_outages=0.01 of 100 may; the last failure: it timeouts; start it"
+    assert "1 of the newest 1 rollouts stay without a score, where max_errors=0 of 100 may" in source(Recorder(), max_errors=0).score(asked).too_many
+
+
+@pytest.mark.parametrize(("bad", "stops"), [(1, False), (2, True)])
+def test_the_share_is_of_the_newest_rollouts_however_small_the_chunks_are(bad: int, stops: bool) -> None:
+    """Of ten, one or two stay without a score: 10 % of the newest hundred is allowed, and the eleventh is too many."""
+    chunked = source(Recorder(), batch_size=1, retries=0, max_errors=0.1)
+    texts = ["errors"] * bad + ["a"] * (10 - bad)
+    told = [chunked.score(rollouts(text)).too_many for text in texts * 30]
+    assert bool(told[-1]) == stops
+    if stops:
+        assert sum(not sentence for sentence in told) == 50  # of the fifty-first rollout, eleven have failed
 
 
 def test_nan_is_an_answer_and_no_failure() -> None:

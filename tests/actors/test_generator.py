@@ -182,8 +182,9 @@ def test_a_llama_export_loads_as_it_is_and_agrees(two_workers: Generator, llama:
     ray.get(host.build.remote("llama", GeneratorWorker, *args))
     ray.get(host.call.remote("llama", GeneratorWorker.load_checkpoint, (0,)))
     requests = [Request(p.token_ids, p.serial) for p in PROMPTS]
-    completions = ray.get(host.call.remote("llama", GeneratorWorker.generate, (requests, SAMPLED, 0))).value
-    rollouts = [rollout_of(p, completion.token_ids, completion.logprobs) for p, (completion, _) in zip(PROMPTS, completions, strict=True)]
+    one_each = replace_sampling(SAMPLED, n=1)
+    answers = dict(ray.get(ref).value for ref in host.stream.remote("llama", GeneratorWorker.generate, (requests, one_each, 0)))
+    rollouts = [rollout_of(p, answers[i][0].completion.token_ids, answers[i][0].completion.logprobs) for i, p in enumerate(PROMPTS)]
     assert gap(AutoModelForCausalLM.from_pretrained(llama).eval(), rollouts) < TOLERANCE
 
 
@@ -209,6 +210,28 @@ def test_a_prompt_gets_the_same_tokens_alone_in_a_batch_and_from_either_worker(g
     assert {(r.group, r.sample): r.token_ids.tolist() for r in turned} == {(r.group, r.sample): r.token_ids.tolist() for r in together}
     alone = [rollout for prompt in PROMPTS[:3] for rollout in generator.generate([prompt], SAMPLED)]
     assert tokens(alone) == tokens(together[:6])
+
+
+def test_chunks_come_when_they_are_whole_and_hold_what_one_call_gives(generator: Generator) -> None:
+    """Chunks are cut by the order of prompts, the last one is shorter, and one may overtake another."""
+    chunks = list(generator.stream(PROMPTS, SAMPLED, chunk=5))
+    assert sorted([r.group for r in chunk] for chunk in chunks) == [[s for s in part for _ in range(2)] for part in (range(5), range(5, 10), range(10, 12))]
+    together = {(r.group, r.sample): r.token_ids.tolist() for r in generator.generate(PROMPTS, SAMPLED)}
+    assert {(r.group, r.sample): r.token_ids.tolist() for chunk in chunks for r in chunk} == together
+
+
+def test_a_short_answer_is_handed_on_while_long_ones_are_still_written(generator: Generator) -> None:
+    """The stop string ends the first prompt's greedy answer at once; the others go on to the limit."""
+    first = generator.generate(PROMPTS[:1], GREEDY)[0]
+    alone = replace_sampling(GREEDY, max_tokens=1)
+    stop = load_tokenizer(generator._build_args[0]).decode(generator.generate(PROMPTS[:1], alone)[0].token_ids)
+    others = [p for p in PROMPTS[1:] if stop not in generator.generate([p], replace_sampling(GREEDY, max_tokens=100))[0].text]
+    assert stop and first.text.startswith(stop) and others
+    arrivals = [
+        (chunk[0].group, time.perf_counter())
+        for chunk in generator.stream([PROMPTS[0], *others[:1]], replace_sampling(GREEDY, max_tokens=100, stop=(stop,)), chunk=1)
+    ]
+    assert arrivals[0][0] == 0 and arrivals[1][1] - arrivals[0][1] > 0.05
 
 
 def test_seeds_depend_on_run_prompt_sample_and_turn_alone() -> None:
@@ -310,8 +333,10 @@ def plain(nano: Path) -> GeneratorWorker:
 
 
 def completed(worker: GeneratorWorker, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Rollout]:
-    found = worker.generate([Request(p.token_ids, sampling_seed(3, p.serial, 0)) for p in prompts], sampling, 0)
-    return [replace(rollout_of(p, c.token_ids, c.logprobs), text=text, finish_reason=c.finish_reason) for p, (c, text) in zip(prompts, found, strict=True)]
+    sampling = replace_sampling(sampling, n=1)
+    answers = dict(worker.generate([Request(p.token_ids, sampling_seed(3, p.serial, 0)) for p in prompts], sampling, 0))
+    found = [(p, answers[i][0].completion, answers[i][0].text) for i, p in enumerate(prompts)]
+    return [replace(rollout_of(p, c.token_ids, c.logprobs), text=text, finish_reason=c.finish_reason) for p, c, text in found]
 
 
 def test_transformers_writes_greedily_what_vllm_writes(plain: GeneratorWorker, generator: Generator) -> None:

@@ -100,10 +100,10 @@ def test_ranks_work_side_by_side_and_gather_waits_for_all(adders: Group[Adder]) 
     start = time.perf_counter()
     both = adders.call(Adder.slow)
     assert time.perf_counter() - start < 0.4  # pending, not done
-    pids, number = gather(both, adders.first(Adder.add, 1).then(lambda n: n + 1))
+    pids, number = gather(both, adders.first(Adder.add, 1).then(lambda n: n + 1)).result()
     assert len(set(pids)) == 2 and os.getpid() not in pids
     assert number == 12
-    assert gather(Pending.done("a"), Pending.done(2)) == ("a", 2)
+    assert gather(Pending.done("a"), Pending.done(2)).result() == ("a", 2)
 
 
 @pytest.mark.ray

@@ -1,5 +1,6 @@
 """What the cluster cannot hold is refused with a table; what it holds is started where it was reserved and given back."""
 
+import os
 import time
 
 import pytest
@@ -19,6 +20,45 @@ def test_every_model_has_its_role_and_functions_share_one() -> None:
     assert list(roles) == ["generator", "policy", "critic", "reference", "rewards", "reward_model_0", "reward_model_1"]
     assert roles["generator"].ranks == 3 and roles["reward_model_1"].cpus == 2
     assert list(roles_of_evaluation(placement, REWARDS)) == ["generator", "rewards", "reward_model_0", "reward_model_1"]
+
+
+def test_roles_that_live_with_another_ask_for_nothing() -> None:
+    placement = PlacementConfig(colocate=(("policy", "reference", "reward_model"), ("critic", "rewards")))
+    assert list(roles_of(placement, REWARDS)) == ["generator", "policy", "critic"]
+    assert [placement.home(role) for role in ("generator", "reference", "reward_model_1", "rewards", "critic")] == [
+        "generator",
+        "policy",
+        "policy",
+        "critic",
+        "critic",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("colocate", "sentence"),
+    [
+        ([["policy", "generator"]], "colocate names 'generator'; use some of policy, critic, reference, reward_model, rewards"),
+        ([["policy", "critic"], ["reference", "critic"]], "colocate names critic twice; a role lives in one place"),
+        ([["rewards", "reward_model"]], r"its first role gives the processes and must be policy, critic or reference"),
+        ([["policy", "critic"]], "colocate puts critic with 1 ranks into the processes of policy with 2; give both the same number"),
+    ],
+)
+def test_sets_that_cannot_share_processes_are_refused(colocate: list[list[str]], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        PlacementConfig.model_validate({"policy": {"ranks": 2}, "colocate": colocate})
+
+
+@pytest.mark.ray
+def test_roles_of_a_set_get_the_same_processes_which_join_one_group_once(ray_cluster: None) -> None:
+    placement = PlacementConfig(colocate=(("reference", "policy", "rewards"),))
+    with Cluster(placement, roles_of(placement, {})) as cluster:
+        policy = cluster.hosts("policy", form_group=True)
+        assert cluster.hosts("reference", form_group=False) == cluster.hosts("rewards", form_group=False) == policy
+        critic = cluster.hosts("critic", form_group=True)
+        pids = [ray.get(hosts[0].__ray_call__.remote(lambda _: os.getpid())) for hosts in (policy, critic)]
+        assert pids[0] != pids[1]
+        ray.kill(critic[0])
+        assert cluster.hosts("critic", form_group=True) != critic
 
 
 def test_a_process_gets_as_many_threads_as_it_was_promised() -> None:

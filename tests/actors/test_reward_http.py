@@ -193,9 +193,9 @@ def test_a_server_in_trouble_is_asked_again_and_that_is_counted(fake: Fake) -> N
 
 def test_a_server_that_scores_too_few_is_told_of_by_name_with_a_remedy(fake: Fake) -> None:
     fake.body = answer('{"scores": []}')
-    found = RewardFunctions(RANK, {"judge": config(fake.url, retries=0)}, {"judge": None}).sources["judge"].score(rollouts("a", "b"))
+    found = RewardFunctions(RANK, {"judge": config(fake.url, retries=0, max_errors=0)}, {"judge": None}).sources["judge"].score(rollouts("a", "b"))
     assert found.too_many == (
-        "rewards.judge: 1 of 2 rollouts stay without a score, more than max_errors=0.1 allows; the last failure: it gave 0 scores for 1 rollouts; "
+        "rewards.judge: 1 of the newest 1 rollouts stay without a score, where max_errors=0 of 100 may; the last failure: it gave 0 scores for 1 rollouts; "
         "it must give one for each, in order; mend the server, or raise rewards.judge.max_errors"
     )
 
@@ -290,7 +290,7 @@ def test_a_function_of_samples_is_served(started: Callable[..., str]) -> None:
 
 @pytest.mark.slow
 def test_only_the_samples_that_a_served_function_fails_on_stay_without_a_score(faulty: str) -> None:
-    judge = config(faulty, timeout_s=1, retries=1, batch_size=8, concurrency=1, max_errors=0.5, max_outages=0.2)
+    judge = config(faulty, timeout_s=1, retries=1, batch_size=8, concurrency=1)
     found = RewardFunctions(RANK, {"judge": judge}, {"judge": "secret"}).sources["judge"].score(rollouts("a", "none", "few", "raise", "text", "b"))
     np.testing.assert_equal(found.scores, [1, math.nan, math.nan, math.nan, math.nan, 1])
     assert found.calls == {"errors": 2 + 3, "timeouts": 0, "lost": 0, "retries": 1 + 6} and found.too_many == ""

@@ -99,16 +99,16 @@ def test_a_function_of_the_user_is_called_with_the_rollouts(functions: str) -> N
 
 
 def test_a_function_that_gives_too_few_scores_stops_the_run(functions: str) -> None:
-    found = scored_by("mine", FunctionReward(function=f"{functions}:too_few", retries=1))
+    found = scored_by("mine", FunctionReward(function=f"{functions}:too_few", retries=1, max_errors=0))
     assert found.too_many == (
-        "rewards.mine: 1 of 5 rollouts stay without a score, more than max_errors=0.1 allows; the last failure: it gave 0 scores for 1 rollouts; "
+        "rewards.mine: 1 of the newest 1 rollouts stay without a score, where max_errors=0 of 100 may; the last failure: it gave 0 scores for 1 rollouts; "
         "it must give one for each, in order; mend my_rewards:too_few, or raise rewards.mine.max_errors"
     )
     assert found.calls == {"errors": 3, "timeouts": 0, "lost": 0, "retries": 2}
 
 
 def test_one_rollout_that_makes_a_function_raise_is_the_only_one_without_a_score(functions: str) -> None:
-    found = scored_by("mine", FunctionReward(function=f"{functions}:picky", retries=1, max_errors=0.2))
+    found = scored_by("mine", FunctionReward(function=f"{functions}:picky", retries=1))
     assert found.too_many == ""
     np.testing.assert_equal(found.scores, [3.0, 3.0, math.nan, 3.0, 1.0])
     assert found.calls == {"errors": 3, "timeouts": 0, "lost": 0, "retries": 1 + 5}
@@ -233,8 +233,11 @@ def test_too_many_failures_reach_the_driver_as_one_sentence_and_are_counted_befo
     with Cluster(PlacementConfig(), roles) as cluster:
         rewards = Rewards(cluster, sources, tmp_path, "")
         rollouts = [*ROLLOUTS[:4], UNKNOWN_TASK]
-        with pytest.raises(RewardError, match=r"^rewards\.strict: 1 of 5 rollouts stay without a score, more than max_errors=0 allows; .*no_such_task"):
+        with pytest.raises(
+            RewardError, match=r"^rewards\.strict: 1 of the newest 5 rollouts stay without a score, where max_errors=0 of 100 may; .*no_such_task"
+        ):
             rewards.score(rollouts, RolloutBatch.of(rollouts)).result()
         assert rewards.metrics()["reward_calls/strict/errors"] == 2
-        with pytest.raises(RewardError, match=r"^the verifier of evaluations: 1 of 5 .* remove such prompts from the held-out set$"):
-            rewards.verify(rollouts).result()
+        failing = [UNKNOWN_TASK] * 20
+        with pytest.raises(RewardError, match=r"^the verifier of evaluations: 11 of the newest 11 .* remove such prompts from the held-out set$"):
+            rewards.verify(failing).result()

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +77,17 @@ class Finished:
         return [row for row in read_metrics(self.directory / "metrics.jsonl") if "train/epoch" in row]
 
 
+@dataclass(frozen=True)
+class Interrupted:
+    """A run that was stopped three times, and the steps of its checkpoints after each."""
+
+    finished: Finished
+    code_after_term: int
+    after_kill: list[int]
+    after_term: list[int]
+    after_save: list[int]
+
+
 def ppo(home: Path, run: str, *overrides: str) -> Finished:
     """Run to the end."""
     done = subprocess.run(command(home, f"run={run}", *overrides), cwd=CHECKOUT, env=environment(home), capture_output=True, text=True, timeout=500)
@@ -91,23 +102,51 @@ def whole(home: Path) -> Finished:
 
 
 @pytest.fixture(scope="module")
-def resumed(home: Path) -> Finished:
-    """Killed in step 4, of which the last checkpoint knows two; then resumed, with a step more."""
-    metrics = home / "killed" / "ppo" / "metrics.jsonl"
-    process = subprocess.Popen(command(home, "run=killed"), cwd=CHECKOUT, env=environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def interrupted(home: Path) -> Interrupted:
+    """Killed in the middle of step 4, of which the last checkpoint knows two; gone on with and asked to end after step 3; gone on
+    with and killed while it saves step 4; then gone on with to the end, with a step more."""
+    directory = home / "killed" / "ppo"
+    checkpoints = Checkpoints(directory / "checkpoint", keep=2)
+
+    def step_3_is_logged() -> bool:
+        return any(row["step"] == 3 and "train/epoch" in row for row in metrics_so_far(directory))
+
+    def step_4_is_being_saved() -> bool:
+        return (directory / "checkpoint" / ".step-000004.partial").exists()
+
+    stop(home, "killed", step_3_is_logged, signal.SIGKILL)
+    after_kill = checkpoints.steps()
+    lines = [line for line in (directory / "metrics.jsonl").open() if json.loads(line)["step"] <= 2]
+    (directory / "metrics.jsonl").write_text("".join(lines))  # as resuming would; else the next wait saw step 3 at once
+    code = stop(home, "killed", step_3_is_logged, signal.SIGTERM)
+    after_term = checkpoints.steps()
+    stop(home, "killed", step_4_is_being_saved, signal.SIGKILL)
+    after_save = checkpoints.steps()
+    return Interrupted(ppo(home, "killed", "checkpoint.resume=auto", "steps=5"), code, after_kill, after_term, after_save)
+
+
+def stop(home: Path, run: str, when: Callable[[], bool], number: signal.Signals) -> int:
+    """Start or go on, send a signal, return the exit code."""
+    process = subprocess.Popen(command(home, f"run={run}"), cwd=CHECKOUT, env=environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_for(process, lambda: metrics.exists() and '"step": 3' in metrics.read_text())
+        wait_for(process, when)
+        process.send_signal(number)
+        return process.wait(timeout=60)
     finally:
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
-    return ppo(home, "killed", "checkpoint.resume=auto", "steps=5")
 
 
-def wait_for(process: subprocess.Popen, happened) -> None:
+def metrics_so_far(directory: Path) -> list[dict[str, float]]:
+    path = directory / "metrics.jsonl"
+    return read_metrics(path) if path.exists() else []
+
+
+def wait_for(process: subprocess.Popen, happened: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 400
     while not happened():
         assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.002)
 
 
 # ---------------------------------------------------------------------------------------------------- a whole run
@@ -237,8 +276,22 @@ def numbers(row: dict[str, float]) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_where_its_checkpoint_was_with_the_numbers_of_one_that_was_not(whole: Finished, resumed: Finished) -> None:
-    assert "PPO goes on after step 2" in resumed.output
+def test_sigterm_commits_the_last_whole_step_and_ends_with_0(interrupted: Interrupted) -> None:
+    assert interrupted.after_kill == [2]  # SIGKILL in step 4 left what was committed
+    assert interrupted.code_after_term == 0
+    assert interrupted.after_term == [2, 3]
+
+
+@pytest.mark.slow
+def test_a_kill_while_a_checkpoint_is_written_leaves_those_before_it(interrupted: Interrupted) -> None:
+    assert interrupted.after_save == [2, 3]
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_has_the_numbers_of_one_that_was_not(whole: Finished, interrupted: Interrupted) -> None:
+    """To the bit, clock and machine aside."""
+    resumed = interrupted.finished
+    assert "PPO goes on after step 3" in resumed.output
     assert [row["step"] for row in resumed.rows] == [1, 2, 3, 4, 5]
     for mine, theirs in zip(resumed.rows, whole.rows, strict=False):
         assert numbers(mine) == numbers(theirs)
@@ -247,7 +300,8 @@ def test_a_killed_run_goes_on_where_its_checkpoint_was_with_the_numbers_of_one_t
 
 
 @pytest.mark.slow
-def test_a_resumed_run_keeps_cursor_counters_and_retention(whole: Finished, resumed: Finished) -> None:
+def test_a_resumed_run_keeps_cursor_counters_and_retention(whole: Finished, interrupted: Interrupted) -> None:
+    resumed = interrupted.finished
     checkpoints = Checkpoints(resumed.directory / "checkpoint", keep=2)
     assert checkpoints.steps() == [4, 5]
     latest = checkpoints.latest()

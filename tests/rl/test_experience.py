@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from minigpt_ray.rl.experience import Experience, Prompt, Rollout, RolloutBatch
+from minigpt_ray.rl.experience import Experience, Prompt, RewardScores, Rollout, RolloutBatch, Scores
 
 
 def rollout(serial: int, prompt: list[int], response: list[int], model: list[bool], finish_reason: str = "stop", valid: bool = True) -> Rollout:
@@ -101,3 +101,19 @@ def test_rows_keep_dtypes_and_follow_the_index(order: list[int]) -> None:
             expected, found = getattr(whole, field.name), getattr(rows, field.name)
             assert found.dtype == expected.dtype
             assert torch.equal(found, expected[order] if found.ndim == 1 else expected[order][:, : found.shape[1]])
+
+
+def test_scores_of_chunks_join_in_order_and_rows_are_cut_from_them() -> None:
+    def part(width: int, *rows: float) -> Scores:
+        table = torch.tensor(rows)[:, None].expand(-1, width)
+        rewards = RewardScores(torch.tensor(rows), {"a": torch.tensor(rows) * 10}, torch.tensor(rows) > 2)
+        return Scores(table, table + 100, torch.tensor(rows)[:, None].expand(-1, width + 1), rewards)
+
+    joined = Scores.join([part(2, 1.0, 2.0), part(3, 3.0)])
+    assert joined.policy_logprobs.tolist() == [[1, 1, 0], [2, 2, 0], [3, 3, 3]]
+    assert joined.reference_logprobs.tolist() == [[101, 101, 0], [102, 102, 0], [103, 103, 103]]
+    assert joined.values.tolist() == [[1, 1, 1, 0], [2, 2, 2, 0], [3, 3, 3, 3]]
+    assert joined.rewards.by_source["a"].tolist() == [10, 20, 30] and joined.rewards.failed.tolist() == [False, False, True]
+    chosen = joined.rows(torch.tensor([2, 0]), width=2)
+    assert chosen.policy_logprobs.tolist() == [[3, 3], [1, 1]] and chosen.values.tolist() == [[3, 3, 3], [1, 1, 1]]
+    assert chosen.rewards.total.tolist() == [3, 1] and chosen.rewards.failed.tolist() == [True, False]
