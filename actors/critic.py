@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from actors.engine import Engine, Stats
 from actors.forward import in_micro_batches
 from actors.group import Group, Pending, Rank
-from actors.learner import learn
+from actors.learner import Learner
 from actors.placement import Cluster
 from minigpt_ray.config import AlgorithmConfig, CriticConfig, PPOConfig
 from minigpt_ray.losses import clipped_value_loss
@@ -21,13 +21,15 @@ from minigpt_ray.rl.metrics import value_metrics
 class CriticRank:
     """One data-parallel rank of the critic."""
 
-    def __init__(self, rank: Rank, path: str, config: CriticConfig, algorithm: AlgorithmConfig, total_updates: int, seed: int) -> None:
+    def __init__(self, rank: Rank, path: str, config: CriticConfig, algorithm: AlgorithmConfig, total_updates: int, seed: int, refused: Path) -> None:
+        """`refused` is where mini-batches are kept whose update was not finite."""
         torch.manual_seed(seed + rank.index)
-        self.rank, self.config, self.algorithm, self.seed = rank, config, algorithm, seed
+        self.rank, self.config, self.algorithm = rank, config, algorithm
         self.model = load_scalar(path, "float32", seed=None)
         if config.activation_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.engine = Engine(TokenValues(self.model), config, config.optimizer, total_updates)
+        self.learner = Learner(self.engine, rank, algorithm, config.micro_batch_tokens, seed, refused)
 
     def values(self, batch: RolloutBatch) -> Float[Tensor, "R T+1"]:
         """The estimate before every token, and after the last one; this rank's share of the rows."""
@@ -38,7 +40,7 @@ class CriticRank:
         """PPO epochs over the experience; metrics are token means over the mini-batches of the last epoch."""
         self.model.train()
         with self.engine.optimizer_at_hand():
-            learnt = learn(self.engine, self.rank, experience, self.algorithm, self.config.micro_batch_tokens, self.seed, self._loss)
+            learnt = self.learner.learn(experience, self._loss)
         return {
             "train/critic_loss": learnt.stats.pop("critic_loss"),
             "train/critic_grad_norm": learnt.grad_norm,
@@ -66,7 +68,9 @@ class Critic(Group[CriticRank]):
         source = config.policy.init_from if config.critic.init_from == "policy" else config.critic.init_from
         path = resolve_model(source, config.run_dir)
         total_updates = config.steps * config.updates_per_step
-        super().__init__(cluster, "critic", CriticRank, path, config.critic, config.algorithm, total_updates, config.seed, form_group=True)
+        refused = config.stage_dir("ppo") / "non_finite" / "critic"
+        options = (config.critic, config.algorithm, total_updates, config.seed, refused)
+        super().__init__(cluster, "critic", CriticRank, path, *options, form_group=True)
 
     def values(self, batch: RolloutBatch) -> Pending[Float[Tensor, "B T+1"]]:
         return self.scatter(CriticRank.values, batch, torch.cat)

@@ -60,16 +60,25 @@ class StoredWindows:
 
 
 def prepare_windows(
-    stage: Stage, files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, directory: Path, window: int, validation_share: float, seed: int
+    stage: Stage,
+    files: Sequence[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    window: int,
+    validation_share: float,
+    seed: int,
+    separator: str | None = None,
 ) -> Path:
     """The directory with `train` and `validation` windows of the files, made now unless it is there.
 
+    `separator` cuts {"text"} rows into prompt and answer.
+
     Raises DataError for a row that cannot be used: a malformed line, no assistant turn, longer than the window.
     """
-    target = directory / fingerprint(stage, files, tokenizer, window, validation_share, seed)
+    target = directory / fingerprint(stage, files, tokenizer, window, validation_share, seed, separator)
     if (target / MANIFEST).is_file():
         return target
-    rows = list(read_rows(files))
+    rows = list(read_rows(files, separator))
     if not rows:
         raise DataError(f"{', '.join(map(str, files))}: no rows; training needs at least one demonstration")
     held_out = choose_validation(len(rows), validation_share, seed)
@@ -86,9 +95,12 @@ def prepare_windows(
     return target
 
 
-def fingerprint(stage: Stage, files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, window: int, validation_share: float, seed: int) -> str:
+def fingerprint(
+    stage: Stage, files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, window: int, validation_share: float, seed: int, separator: str | None
+) -> str:
     """Hash of everything that the windows depend on."""
-    digest = hashlib.sha256(json.dumps([stage.name, window, validation_share, seed, BLOCK_ROWS, tokenizer.chat_template, tokenizer.eos_token]).encode())
+    settings = [stage.name, window, validation_share, seed, separator, BLOCK_ROWS, tokenizer.chat_template, tokenizer.eos_token]
+    digest = hashlib.sha256(json.dumps(settings).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     for path in files:
         with path.open("rb") as file:

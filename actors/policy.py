@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from actors.engine import Engine, Stats
 from actors.forward import in_micro_batches
 from actors.group import Group, Pending, Rank
-from actors.learner import learn
+from actors.learner import Learner
 from actors.placement import Cluster
 from actors.weights import TRANSPORTS, Probe, Publication, probe_tokens
 from minigpt_ray.config import AlgorithmConfig, PolicyConfig, PPOConfig
@@ -31,14 +31,17 @@ class PolicyRank:
         temperature: float,
         total_updates: int,
         seed: int,
+        refused: Path,
         transport: str = "object_store",
     ) -> None:
+        """`refused` is where mini-batches are kept whose update was not finite."""
         torch.manual_seed(seed + rank.index)
-        self.rank, self.path, self.config, self.algorithm, self.temperature, self.seed = rank, path, config, algorithm, temperature, seed
+        self.rank, self.path, self.config, self.algorithm, self.temperature = rank, path, config, algorithm, temperature
         self.model = load_causal(path, "float32")
         if config.activation_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.engine = Engine(TokenLogprobs(self.model), config, config.optimizer, total_updates)
+        self.learner = Learner(self.engine, rank, algorithm, config.micro_batch_tokens, seed, refused)
         self.transport = TRANSPORTS[transport]()
 
     def logprobs(self, batch: RolloutBatch) -> Float[Tensor, "R T"]:
@@ -55,7 +58,7 @@ class PolicyRank:
             return dict.fromkeys((*train, "policy/updates", "policy/skipped_updates", "policy/early_stopped"), 0.0)
         self.model.train()
         with self.engine.optimizer_at_hand():
-            learnt = learn(self.engine, self.rank, experience, self.algorithm, self.config.micro_batch_tokens, self.seed, self._loss, self._too_far)
+            learnt = self.learner.learn(experience, self._loss, self._too_far)
         return {
             "train/actor_loss": learnt.stats.pop("actor_loss"),
             "train/kl": learnt.stats.pop("kl"),
@@ -111,7 +114,8 @@ class Policy(Group[PolicyRank]):
         learning_steps = max(1, config.steps - config.algorithm.critic_warmup_steps)
         total_updates = learning_steps * config.updates_per_step
         temperature, transport = config.sampling.temperature, config.weights.transport
-        options = (config.policy, config.algorithm, temperature, total_updates, config.seed, transport)
+        refused = config.stage_dir("ppo") / "non_finite" / "policy"
+        options = (config.policy, config.algorithm, temperature, total_updates, config.seed, refused, transport)
         super().__init__(cluster, "policy", PolicyRank, path, *options, form_group=True)
         self._bucket_bytes = config.weights.bucket_mib << 20
 

@@ -11,7 +11,7 @@ import yaml
 from actors.placement import roles_of
 from minigpt_ray.checkpoint import Checkpoints
 from minigpt_ray.cli import resolved, write_resolved
-from minigpt_ray.config import FunctionReward, ModelReward, PPOConfig, RolePlacement, SFTConfig, VerifierReward
+from minigpt_ray.config import ModelReward, PPOConfig, RolePlacement, SFTConfig, VerifierReward
 from minigpt_ray.data.prompts import PromptSet, load_prompts
 from minigpt_ray.flops import PPOShapes
 from minigpt_ray.models import config_json, resolve_model
@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 MAY_DIFFER_ON_RESUME = ("run", "output_dir", "steps", "logging", "checkpoint", "evaluation", "placement", "generator")
 """Fields, or sections, of the configuration that a resumed run may change; any other difference would be another run."""
+REWARD_FIELDS_THAT_MAY_DIFFER = ("url", "token_env", "timeout_s", "retries", "backoff_s", "concurrency", "max_response_bytes", "max_errors", "max_outages")
+"""The same for a reward source: where it is and how patiently it is asked, not what it says."""
 
 
 class Preparation:
@@ -80,19 +82,15 @@ class Preparation:
         return f"PPO {beginning}: {len(prompts):,} prompts{lost}, {len(self.held_out):,} held out, policy {self.policy_path}"
 
     def _check_rewards(self) -> None:
-        from actors.rewards import load_function
+        from actors.rewards import check_sources  # not for SFT, which shares this module
 
+        without = sum(prompt.answer is None for prompt in self.prompts.prompts)
         for name, source in self.config.rewards.items():
-            if isinstance(source, ModelReward):
-                resolve_model(source.init_from, self.config.run_dir)
-            elif isinstance(source, FunctionReward):
-                load_function(name, source)
-            elif isinstance(source, VerifierReward):
-                without = sum(p.answer is None for p in self.prompts.prompts)
-                if without:
-                    raise ValueError(
-                        f"rewards.{name} verifies answers, but {without} of {len(self.prompts)} prompts carry none; give every prompt an answer or use another reward"
-                    )
+            if isinstance(source, VerifierReward) and without:
+                raise ValueError(
+                    f"rewards.{name} verifies answers, but {without} of {len(self.prompts)} prompts carry none; give every prompt an answer or use another reward"
+                )
+        check_sources(self.config.rewards, self.config.run_dir)
 
 
 def find_start(config: PPOConfig | SFTConfig, directory: Path, checkpoints: Checkpoints, may_differ: Collection[str]) -> Path | None:
@@ -117,10 +115,15 @@ def find_start(config: PPOConfig | SFTConfig, directory: Path, checkpoints: Chec
 def refuse_differences(before: Mapping[str, Any], now: Mapping[str, Any], start: Path, may_differ: Collection[str] = MAY_DIFFER_ON_RESUME) -> None:
     """Raise ValueError, naming every field, when a resumed run would not be the run that was saved."""
     old, new = _flat(before), _flat(now)
-    changed = [name for name in sorted(old.keys() | new.keys()) if name.split(".")[0] not in may_differ and old.get(name) != new.get(name)]
+    different = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    changed = [name for name in different if name.split(".")[0] not in may_differ and not _is_of_a_reward_call(name)]
     if changed:
         listed = ", ".join(f"{name}: {old.get(name)} -> {new.get(name)}" for name in changed)
         raise ValueError(f"cannot resume from {start}, the configuration has changed ({listed}); undo that, or choose another run=")
+
+
+def _is_of_a_reward_call(name: str) -> bool:
+    return name.startswith("rewards.") and name.rpartition(".")[2] in REWARD_FIELDS_THAT_MAY_DIFFER
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

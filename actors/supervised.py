@@ -15,7 +15,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from actors.dataset import StoredWindows, prepare_windows
 from actors.engine import Engine, all_reduce_sum
 from actors.placement import connect, environment, preflight
 from actors.preparation import MAY_DIFFER_ON_RESUME, find_start
-from minigpt_ray.checkpoint import Checkpoints
+from minigpt_ray.checkpoint import Checkpoints, batch_path, save_batch
 from minigpt_ray.cli import resolved, write_resolved
 from minigpt_ray.config import RolePlacement, SFTConfig
 from minigpt_ray.data.packing import windows_for
@@ -195,7 +195,7 @@ def fit(ready: Ready) -> Path:
     connect(None, cpus)
     preflight({ready.stage: RolePlacement(ranks=config.num_workers, cpus=config.cpus_per_worker, gpus=config.gpus_per_worker)})
     windows = prepare_windows(
-        stage, ready.files, load_tokenizer(ready.tokenizer), ready.directory / "windows", config.window, config.validation_share, config.seed
+        stage, ready.files, load_tokenizer(ready.tokenizer), ready.directory / "windows", config.window, config.validation_share, config.seed, config.separator
     )
     num_windows = len(StoredWindows.load(windows / "train"))
     write_resolved(config, ready.directory)
@@ -355,7 +355,12 @@ class SupervisedRank:
             self.model.train()
             update = self.engine.update(micro_batches, lambda model, batch: self.stage.loss(model, batch, num_loss_tokens))
         if not update.applied:
-            raise FloatingPointError(f"step {step + 1}: a loss or gradient is not finite and no update was applied; lower optimizer.lr, or look at the data")
+            refused = self.ready.directory / "non_finite"
+            if self.rank == 0:
+                save_batch(refused, step + 1, {"windows": everyone, **asdict(self.windows.take(everyone))}, {"step": str(step + 1)})
+            raise FloatingPointError(
+                f"step {step + 1}: a loss or gradient is not finite and no update was applied; the batch is in {batch_path(refused, step + 1)}; lower optimizer.lr, or look at the data"
+            )
         num_tokens = int(self.windows.num_tokens[everyone].sum())
         self.num_tokens_seen += num_tokens
         seconds = sum(timer.seconds.values())

@@ -17,7 +17,7 @@ def run(config: EvaluateConfig) -> None:
     from actors.evaluation import evaluate
     from actors.generator import Generator
     from actors.placement import Cluster, roles_of_evaluation
-    from actors.rewards import Rewards
+    from actors.rewards import Rewards, check_sources
     from minigpt_ray.checkpoint import write_json_atomic
     from minigpt_ray.cli import write_resolved
     from minigpt_ray.data.prompts import load_prompts
@@ -29,6 +29,7 @@ def run(config: EvaluateConfig) -> None:
     with one_sentence():
         paths = {name: resolve_model(name, config.run_dir) for name in config.models}
         default = config.stage_dir("prepare_data") / "held_out.jsonl"
+        check_sources(config.rewards, config.run_dir)
         held_out = {name: load_prompts(config.data, default, load_tokenizer(path)).prompts[: config.num_prompts] for name, path in paths.items()}
     results: dict[str, dict[str, float]] = {}
     console = Console()

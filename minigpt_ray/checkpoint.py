@@ -19,7 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
+from safetensors.numpy import save_file
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +131,25 @@ def write_json_atomic(path: Path, value: Any) -> None:
         os.fsync(file.fileno())
     os.replace(part, path)
     _sync(path.parent)
+
+
+BATCHES_KEPT = 3
+"""Newest batches that stay in a directory of save_batch."""
+
+
+def batch_path(directory: Path, step: int) -> Path:
+    """Where save_batch writes the batch of a step."""
+    return directory / f"{_name(step)}.safetensors"
+
+
+def save_batch(directory: Path, step: int, arrays: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
+    """Keep what an update was refused for, with `about` as the file's metadata; older batches are removed but for the newest few."""
+    directory.mkdir(parents=True, exist_ok=True)
+    part = directory / f".{_name(step)}.partial"
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, part, dict(about))
+    os.replace(part, batch_path(directory, step))
+    for older in sorted(directory.glob("step-*.safetensors"))[:-BATCHES_KEPT]:
+        older.unlink()
 
 
 def _name(step: int) -> str:

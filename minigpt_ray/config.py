@@ -202,6 +202,8 @@ class SFTConfig(JobConfig):
     """The model to train."""
     files: tuple[Path, ...] = ()
     """JSONL files of demonstrations; none: what prepare_data wrote in this run."""
+    separator: str | None = None
+    """For {"text"} rows: the answer begins behind the first occurrence of this string, the prompt ends before it."""
     steps: PositiveInt = 1000
     """Optimizer steps."""
     batch_size: PositiveInt = 64
@@ -380,8 +382,19 @@ class RewardSource(Config):
     """Weight in the sum."""
 
 
-class VerifierReward(RewardSource):
-    """reasoning-gym's own check of the answer, in [0, 1]."""
+class CalledReward(RewardSource):
+    """A source whose calls may fail: repeated, then without a score for those rollouts, and the run stops when they are too many."""
+
+    retries: NonNegativeInt = 2
+    """Repetitions of a call that failed. After them the rollouts of a batch are scored one by one, once each, so that only the guilty ones stay without a score."""
+    max_errors: float = Field(default=0.1, ge=0, le=1)
+    """Largest share of the newest rollouts (100, or all that are scored together if more) that may stay without a score because the source raised an error or gave no valid answer; more stop the run."""
+    max_outages: float = Field(default=0.1, ge=0, le=1)
+    """The same for those whose scoring took too long, whose process died or whose server could not be reached."""
+
+
+class VerifierReward(CalledReward):
+    """The rule of the prompt's answer (reasoning-gym's own check, same text, same number), in [0, 1]."""
 
     kind: Literal["verifier"] = "verifier"
     """`verifier`"""
@@ -389,13 +402,38 @@ class VerifierReward(RewardSource):
     """Count only a full score: partial credit becomes 0."""
 
 
-class FunctionReward(RewardSource):
-    """A Python function `(rollouts: list[Rollout]) -> list[float]`, run in its own process."""
+class FunctionReward(CalledReward):
+    """A Python function `(rollouts: list[Rollout]) -> list[float]`, run in its own process; nan where there is no score."""
 
     kind: Literal["function"] = "function"
     """`function`"""
     function: str = Field(pattern=r"^[\w.]+:\w+$")
     """`module:function`."""
+    timeout_s: PositiveFloat = 60.0
+    """Seconds that one call may take; then its process is killed and started again."""
+    batch_size: PositiveInt | None = None
+    """Rollouts of one call; none: all of them."""
+
+
+class HttpReward(CalledReward):
+    """A server that answers POST {"samples": [{"prompt", "response", "answer", "source"}, ...]} with {"scores": [number or null, ...]}."""
+
+    kind: Literal["http"] = "http"
+    """`http`"""
+    url: str = Field(pattern=r"^https?://[^\s/@?#]+(/[^\s@]*)?$")
+    """Where samples are posted to, without credentials. It is asked for the scores of no samples before the job starts; redirects are not followed."""
+    token_env: str | None = None
+    """Environment variable, where the job starts, that holds a bearer token for the server."""
+    timeout_s: PositiveFloat = 60.0
+    """Seconds that one request may take, from connecting to the last byte."""
+    backoff_s: NonNegativeFloat = 0.5
+    """Seconds before the first repetition of a request; they double with each."""
+    batch_size: PositiveInt = 32
+    """Samples of one request."""
+    concurrency: PositiveInt = 4
+    """Requests under way at a time."""
+    max_response_bytes: PositiveInt = 1 << 20
+    """Largest answer that is read."""
 
 
 class ModelReward(RewardSource):
@@ -411,7 +449,7 @@ class ModelReward(RewardSource):
     """Most tokens, padding included, that one forward holds."""
 
 
-AnyReward = Annotated[VerifierReward | FunctionReward | ModelReward, Field(discriminator="kind")]
+AnyReward = Annotated[VerifierReward | FunctionReward | ModelReward | HttpReward, Field(discriminator="kind")]
 
 
 class GeneratorConfig(Config):
@@ -680,4 +718,36 @@ class EvaluateConfig(JobConfig):
     def _nobody_to_sleep_for(self) -> "EvaluateConfig":
         if self.generator.sleep_between_phases:
             raise ValueError("generator.sleep_between_phases=true gives the GPU to learners, which an evaluation has not; set it to false")
+        return self
+
+
+# ------------------------------------------------------------------------------------------------ serve_reward
+
+
+class ServeRewardConfig(JobConfig):
+    """python -m jobs.serve_reward: an HTTP server that scores responses with a function or a reward model."""
+
+    function: str = Field(default="minigpt_ray.reward_protocol:by_rule", pattern=r"^[\w.]+:\w+$")
+    """`module:function`, (samples: list[Sample]) -> list[float or None]; the default checks answers as `kind: verifier` does."""
+    model: str | None = None
+    """Instead of the function, a sequence-classification checkpoint with one label and its own tokenizer: a stage of this run, a local directory or a hub id."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype of the model."""
+    micro_batch_tokens: PositiveInt = 16384
+    """Most tokens, padding included, that one forward of the model holds."""
+    host: str = "127.0.0.1"
+    """Address to listen at; one that other machines reach needs token_env."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """Port to listen at; 0 takes one that is free."""
+    token_env: str | None = None
+    """Environment variable that holds the bearer token every request must carry."""
+    max_request_bytes: PositiveInt = 64 << 20
+    """Largest request that is read."""
+
+    @model_validator(mode="after")
+    def _not_open_to_everyone(self) -> "ServeRewardConfig":
+        if self.host not in ("127.0.0.1", "localhost", "::1") and self.token_env is None:
+            raise ValueError(
+                f"host={self.host} lets other machines in, but token_env is not set; name an environment variable with a token, or use host=127.0.0.1"
+            )
         return self

@@ -57,6 +57,10 @@ class Stage:
 
 def encode_demonstration(tokenizer: PreTrainedTokenizerBase, row: Row) -> Example:
     """A conversation that ends with the assistant; what the assistant says, its end token included, is learnt. Raises DataError."""
+    if not row.is_demonstration:
+        raise DataError(
+            f'{row.place}: the row ends with the user, so there is no answer to learn; add one, or for {{"text"}} rows set separator to what stands before it'
+        )
     try:
         return encode_conversation(tokenizer, row.messages)
     except ValueError as error:

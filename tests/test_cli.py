@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from minigpt_ray.cli import ConfigError, load_config, read_config, resolved, to_yaml, write_resolved
-from minigpt_ray.config import PPOConfig, PrepareConfig, SFTConfig
+from minigpt_ray.config import PPOConfig, PrepareConfig, ServeRewardConfig, SFTConfig
 
-ROOTS = (PPOConfig, SFTConfig, PrepareConfig)
+ROOTS = (PPOConfig, SFTConfig, PrepareConfig, ServeRewardConfig)
 
 
 @pytest.fixture
@@ -103,8 +103,8 @@ def test_text_that_looks_like_a_number_survives_the_round_trip(tmp_path):
         (["policy.optimizer.lr=abc"], ["policy.optimizer.lr=abc: a float is needed", "override policy.optimizer.lr=abc"]),
         (["generator.backend=foo"], ["generator.backend=foo: one of vllm, transformers is needed"]),
         (["run=123"], ["run=123: a text is needed", "put it in quotes"]),
-        (["rewards.verifier.kind=foo"], ["rewards.verifier.kind=foo: unknown; one of verifier, function, model"]),
-        (["rewards.m.weight=1"], ["rewards.m.kind: is missing; one of verifier, function, model is needed", "override rewards.m.weight=1"]),
+        (["rewards.verifier.kind=foo"], ["rewards.verifier.kind=foo: unknown; one of verifier, function, model, http"]),
+        (["rewards.m.weight=1"], ["rewards.m.kind: is missing; one of verifier, function, model, http is needed", "override rewards.m.weight=1"]),
         (["rewards.m={kind: model}"], ["rewards.m.init_from: is missing"]),
         (["rewards.verifier.wait=1"], ["rewards.verifier.wait: unknown field"]),
         (["algorithm.mini_batch_size=60"], ["use a divisor of 64", "override algorithm.mini_batch_size=60"]),

@@ -16,10 +16,11 @@ from ray.scripts.scripts import cli as ray_cli
 
 from minigpt_ray import presets, stages
 from minigpt_ray.cli import read_config
-from minigpt_ray.config import EvaluateConfig, JobConfig, PPOConfig, PrepareConfig, SFTConfig
+from minigpt_ray.config import EvaluateConfig, JobConfig, PPOConfig, PrepareConfig, ServeRewardConfig, SFTConfig
 from minigpt_ray.data.packing import pack
 from minigpt_ray.data.rows import Row, read_rows
 from minigpt_ray.losses import language_model_loss
+from minigpt_ray.reward_protocol import Sample
 from minigpt_ray.rl import advantages
 from minigpt_ray.rl.experience import Prompt, Rollout
 from minigpt_ray.tokenizer import END, train_tokenizer
@@ -159,7 +160,7 @@ def rollout(num_tokens: int) -> Rollout:
 
 
 def test_every_python_block_parses_and_is_tested() -> None:
-    assert len(blocks("python")) == 4
+    assert len(blocks("python")) == 5
     for block in blocks("python"):
         ast.parse(block if "ModelShape" not in block else f"{{{block}}}")
 
@@ -167,11 +168,21 @@ def test_every_python_block_parses_and_is_tested() -> None:
 def test_the_reward_function_scores_each_rollout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from actors.rewards import load_function
 
-    (tmp_path / "my_rewards.py").write_text(code("def short"))
+    (tmp_path / "my_rewards.py").write_text(code("def short("))
     monkeypatch.syspath_prepend(str(tmp_path))
     (command,) = [words for words in commands() if any("my_rewards" in word for word in words)]
     source = read_config(PPOConfig, [str(ROOT / word) if word.endswith(".yaml") else word for word in command[3:-1]]).rewards["short"]
-    assert load_function("short", source)([rollout(0), rollout(32), rollout(128)]) == [1.0, 0.5, 0.0]  # type: ignore[arg-type]
+    assert load_function("short", source.function)([rollout(0), rollout(32), rollout(128)]) == [1.0, 0.5, 0.0]
+
+
+def test_the_served_function_scores_each_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from actors.reward_server import load_scorer
+
+    (tmp_path / "my_server.py").write_text(code("def short_text"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (command,) = [words for words in commands() if "jobs.serve_reward" in words]
+    samples = [Sample(prompt=[], response="x" * size, answer=None, source="") for size in (0, 32, 128)]
+    assert load_scorer(read_config(ServeRewardConfig, command[3:-1]))(samples) == [1.0, 0.5, 0.0]
 
 
 def test_the_estimator_is_grpo_undivided_with_the_batch_as_its_group() -> None:

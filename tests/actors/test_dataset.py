@@ -79,3 +79,23 @@ def test_a_row_longer_than_the_window_is_refused_with_its_place(ray_cluster, tok
     path = demonstrations(tmp_path / "a.jsonl", ["short", "long " * 40])
     with pytest.raises(DataError, match=r"a\.jsonl:2: \d+ tokens .* window=96; raise window"):
         prepare_windows(SFT, [path], tokenizer, tmp_path / "windows", 96, 0.0, seed=0)
+
+
+@pytest.mark.ray
+def test_a_separator_cuts_text_into_prompt_and_answer_and_is_part_of_what_windows_are_made_from(ray_cluster, tokenizer, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"say {word} => {word}", "source": "words"}) + "\n" for word in ("one", "two")))
+
+    def prepare(separator):
+        return prepare_windows(SFT, [path], tokenizer, tmp_path / "windows", 128, 0.0, seed=0, separator=separator)
+
+    first = prepare(" => ")
+    assert learnt(StoredWindows.load(first / "train"), tokenizer) == ["one", "two"]
+    assert prepare(" => ") == first
+    assert learnt(StoredWindows.load(prepare("> ") / "train"), tokenizer) == ["one", "two"] and prepare("> ") != first
+    remedy = r'a\.jsonl:{}: the row ends with the user, so there is no answer to learn; add one, or for \{{"text"\}} rows set separator'
+    with pytest.raises(DataError, match=remedy.format(1)):
+        prepare(None)
+    path.write_text(path.read_text() + json.dumps({"text": "say three", "source": "words"}) + "\n")
+    with pytest.raises(DataError, match=remedy.format(3)):
+        prepare(" => ")

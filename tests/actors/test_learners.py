@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -80,11 +81,11 @@ def varied() -> Tensor:
 
 
 def policy_rank(path: Path, rank: Rank = Rank(0, 1, "cpu"), algorithm: AlgorithmConfig = ALGORITHM, temperature: float = 1.0, **changes: object) -> PolicyRank:
-    return PolicyRank(rank, str(path), PolicyConfig(**{"optimizer": OPTIMIZER, **changes}), algorithm, temperature, 100, 0)
+    return PolicyRank(rank, str(path), PolicyConfig(**{"optimizer": OPTIMIZER, **changes}), algorithm, temperature, 100, 0, path / "refused")
 
 
 def critic_rank(path: Path, rank: Rank = Rank(0, 1, "cpu"), algorithm: AlgorithmConfig = ALGORITHM, **changes: object) -> CriticRank:
-    return CriticRank(rank, str(path / "critic"), CriticConfig(**{"optimizer": OPTIMIZER, **changes}), algorithm, 100, 0)
+    return CriticRank(rank, str(path / "critic"), CriticConfig(**{"optimizer": OPTIMIZER, **changes}), algorithm, 100, 0, path / "refused")
 
 
 def weights_of(rank: PolicyRank | CriticRank) -> dict[str, Tensor]:
@@ -173,7 +174,7 @@ def test_values_have_a_column_for_the_estimate_after_the_last_token(nano: Path, 
 
 
 def test_a_critic_that_begins_as_the_policys_trunk_expects_nothing(nano: Path) -> None:
-    rank = CriticRank(Rank(0, 1, "cpu"), str(nano), CriticConfig(optimizer=OPTIMIZER), ALGORITHM, 100, 0)
+    rank = CriticRank(Rank(0, 1, "cpu"), str(nano), CriticConfig(optimizer=OPTIMIZER), ALGORITHM, 100, 0, nano / "refused")
     assert not rank.values(batch()).any()
     rank.update(experience(torch.zeros(len(LENGTHS), max(LENGTHS)), 0.0))
     assert rank.values(batch()).any()
@@ -317,9 +318,26 @@ def spoilt(logprobs: Tensor) -> Experience:
 def test_a_loss_that_is_not_finite_stops_and_changes_nothing(nano: Path, zero_stage: int) -> None:
     rank = policy_rank(nano, algorithm=AlgorithmConfig(mini_batch_size=len(LENGTHS)), zero_stage=zero_stage)
     before, logprobs = weights_of(rank), rank.logprobs(batch())
-    with pytest.raises(FloatingPointError, match="step 0, PPO epoch 0: a loss or gradient is not finite and no update was applied"):
+    saved = nano / "refused" / "step-000000.safetensors"
+    with pytest.raises(FloatingPointError, match=f"step 0, PPO epoch 0: a loss or gradient is not finite and no update was applied; .* in {saved};"):
         rank.update(spoilt(logprobs))
     assert difference(weights_of(rank), before) == 0
+
+
+def test_the_mini_batch_of_a_refused_update_is_saved_with_what_made_it_so(nano: Path, tmp_path: Path) -> None:
+    """The first of a step; of several steps the newest three."""
+    rank = policy_rank(nano, algorithm=AlgorithmConfig(mini_batch_size=3, ppo_epochs=2, non_finite="skip"))
+    rank.refused = tmp_path / "refused"
+    taken = spoilt(rank.logprobs(batch()))
+    for step in range(5):
+        rank.update(replace(taken, step=step))
+    assert sorted(path.name for path in rank.refused.iterdir()) == [f"step-00000{step}.safetensors" for step in (2, 3, 4)]
+    saved = load_file(rank.refused / "step-000004.safetensors")
+    rows = taken.rows(saved.pop("rows"))
+    assert set(saved) == {"token_ids", "lengths", "response_mask", "logprobs", "values", "advantages", "returns"} and len(saved["lengths"]) == 3
+    for name, tensor in saved.items():
+        torch.testing.assert_close(tensor, getattr(rows, name), equal_nan=True)
+    assert saved["advantages"].isnan().sum() == 1
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1])

@@ -1,7 +1,8 @@
 """Rewards of whole responses: by rule, by a function, by a model; weighted, and failed where a source gave none."""
 
 import math
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from actors.attempts import Scored
 from actors.group import Rank
 from actors.placement import Cluster, roles_of
 from actors.reward_model import RewardModelRank
-from actors.rewards import RewardFunctions, Rewards
+from actors.reward_process import FunctionProcess
+from actors.rewards import RewardError, RewardFunctions, Rewards
 from minigpt_ray.config import FunctionReward, ModelReward, PlacementConfig, VerifierReward
 from minigpt_ray.models import export, load_scalar
 from minigpt_ray.rl.experience import Prompt, RewardScores, Rollout, RolloutBatch
@@ -31,6 +34,7 @@ def rollout(text: str, answer: dict | None, serial: int = 0, tokens: tuple[int, 
 
 
 ROLLOUTS = [rollout("tac", SPELLING), rollout("tap", SPELLING), rollout("", SPELLING), rollout(" 7 ", {"answer": "7"}), rollout("7", None)]
+UNKNOWN_TASK = rollout("x", {"question": "?", "answer": "x", "metadata": {"source_dataset": "no_such_task"}})
 
 FUNCTIONS = """
 def lengths(rollouts):
@@ -38,6 +42,9 @@ def lengths(rollouts):
 
 def too_few(rollouts):
     return [0.0] * (len(rollouts) - 1)
+
+def picky(rollouts):
+    return [len(r.text) / bool(r.text) for r in rollouts]
 
 def blind(rollouts):
     return [1.0 if r.text else float("nan") for r in rollouts]
@@ -49,12 +56,25 @@ def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A user's module; its name."""
     (tmp_path / "my_rewards.py").write_text(FUNCTIONS)
     monkeypatch.syspath_prepend(tmp_path)
-    sys.modules.pop("my_rewards", None)
     return "my_rewards"
 
 
+@contextmanager
+def built(name: str, source: VerifierReward | FunctionReward) -> Iterator[RewardFunctions]:
+    ranks = RewardFunctions(RANK, {name: source}, {})
+    yield ranks
+    for source_of_rank in ranks.sources.values():
+        if isinstance(source_of_rank.call, FunctionProcess):
+            source_of_rank.call.close()
+
+
+def scored_by(name: str, source: VerifierReward | FunctionReward) -> Scored:
+    with built(name, source) as ranks:
+        return ranks.score(ROLLOUTS)[name]
+
+
 def scores(name: str, source: VerifierReward | FunctionReward) -> list[float]:
-    return RewardFunctions(RANK, {name: source}).score(ROLLOUTS)[name]
+    return scored_by(name, source).scores
 
 
 def test_the_verifier_gives_partial_credit_and_nothing_where_there_is_no_answer() -> None:
@@ -70,18 +90,35 @@ def test_exact_only_counts_full_scores() -> None:
 
 
 def test_verify_is_the_rule_whatever_the_reward_is(functions: str) -> None:
-    source = FunctionReward(function=f"{functions}:lengths")
-    ranks = RewardFunctions(RANK, {"lengths": source})
-    np.testing.assert_equal(ranks.verify(ROLLOUTS), scores("verifier", VerifierReward()))
+    with built("lengths", FunctionReward(function=f"{functions}:lengths")) as ranks:
+        np.testing.assert_equal(ranks.verify(ROLLOUTS)["evaluation"].scores, scores("verifier", VerifierReward()))
 
 
 def test_a_function_of_the_user_is_called_with_the_rollouts(functions: str) -> None:
     assert scores("lengths", FunctionReward(function=f"{functions}:lengths")) == [3.0, 3.0, 0.0, 3.0, 1.0]
 
 
-def test_a_function_that_gives_too_few_scores_is_refused(functions: str) -> None:
-    with pytest.raises(ValueError, match=r"rewards\.mine: the function gave 4 scores for 5 rollouts; it must give one for each, in order"):
-        scores("mine", FunctionReward(function=f"{functions}:too_few"))
+def test_a_function_that_gives_too_few_scores_stops_the_run(functions: str) -> None:
+    found = scored_by("mine", FunctionReward(function=f"{functions}:too_few", retries=1, max_errors=0))
+    assert found.too_many == (
+        "rewards.mine: 1 of the newest 1 rollouts stay without a score, where max_errors=0 of 100 may; the last failure: it gave 0 scores for 1 rollouts; "
+        "it must give one for each, in order; mend my_rewards:too_few, or raise rewards.mine.max_errors"
+    )
+    assert found.calls == {"errors": 3, "timeouts": 0, "lost": 0, "retries": 2}
+
+
+def test_one_rollout_that_makes_a_function_raise_is_the_only_one_without_a_score(functions: str) -> None:
+    found = scored_by("mine", FunctionReward(function=f"{functions}:picky", retries=1))
+    assert found.too_many == ""
+    np.testing.assert_equal(found.scores, [3.0, 3.0, math.nan, 3.0, 1.0])
+    assert found.calls == {"errors": 3, "timeouts": 0, "lost": 0, "retries": 1 + 5}
+
+
+def test_a_verifier_that_raises_leaves_that_rollout_without_a_score() -> None:
+    source = RewardFunctions(RANK, {"verifier": VerifierReward(retries=1)}, {}).sources["verifier"]
+    found = source.score([*ROLLOUTS[:4] * 3, UNKNOWN_TASK])
+    assert math.isnan(found.scores[-1]) and not any(map(math.isnan, found.scores[:-1])) and found.too_many == ""
+    assert found.calls["errors"] == 2
 
 
 @pytest.mark.parametrize(
@@ -91,7 +128,7 @@ def test_an_unknown_function_is_refused_by_name(functions: str, function: str, r
     with pytest.raises(
         ValueError, match=rf"rewards\.mine\.function={function}: .*{reason}.*; name it as module:function, importable from where the job starts"
     ):
-        RewardFunctions(RANK, {"mine": FunctionReward(function=function)})
+        RewardFunctions(RANK, {"mine": FunctionReward(function=function)}, {})
 
 
 # ------------------------------------------------------------------------------------------------- reward models
@@ -135,8 +172,8 @@ def test_a_reward_model_with_another_vocabulary_is_refused(nano: Path, reward_mo
 
 
 @pytest.fixture(scope="module")
-def scored(ray_cluster: None, nano: Path, reward_model: Path, tmp_path_factory: pytest.TempPathFactory) -> RewardScores:
-    """SCORED by a verifier, two functions of a user and a reward model, each in processes of their own."""
+def counted(ray_cluster: None, nano: Path, reward_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RewardScores, dict[str, float]]:
+    """SCORED by a verifier, two functions of a user and a reward model, each in processes of their own; and what was counted."""
     directory = tmp_path_factory.mktemp("user")
     (directory / "rewards_of_a_user.py").write_text(FUNCTIONS)
     sources = {
@@ -150,7 +187,13 @@ def scored(ray_cluster: None, nano: Path, reward_model: Path, tmp_path_factory: 
         patch.setenv("PYTHONPATH", str(directory))
         with Cluster(PlacementConfig(), roles) as cluster:
             rewards = Rewards(cluster, sources, directory, str(nano))
-            return rewards.score(SCORED, RolloutBatch.of(SCORED)).result()
+            scores = rewards.score(SCORED, RolloutBatch.of(SCORED)).result()
+            return scores, rewards.metrics()
+
+
+@pytest.fixture(scope="module")
+def scored(counted: tuple[RewardScores, dict[str, float]]) -> RewardScores:
+    return counted[0]
 
 
 SCORED = [*ROLLOUTS[:4], replace(ROLLOUTS[0], valid=False), ROLLOUTS[4]]
@@ -170,3 +213,31 @@ def test_a_rollout_fails_where_a_source_has_no_score_or_the_sample_was_dropped(s
     """The blind function sees nothing in the empty text, the last prompt has no answer to verify."""
     assert scored.failed.tolist() == [False, False, True, False, True, True]
     assert not scored.total[scored.failed].any()
+
+
+@pytest.mark.ray
+def test_what_a_source_could_not_score_is_counted_by_source(counted: tuple[RewardScores, dict[str, float]]) -> None:
+    """Dropped samples are nobody's failure."""
+    counts = counted[1]
+    assert {name: counts[f"reward_calls/{name}/unscored"] for name in ("verifier", "lengths", "blind", "model")} == dict(
+        verifier=1, lengths=0, blind=1, model=0
+    )
+    others = {name: count for name, count in counts.items() if not name.endswith("/unscored")}
+    assert len(others) == 4 * 4 and set(others.values()) == {0.0}  # three sources that are called, and the verifier of evaluations
+
+
+@pytest.mark.ray
+def test_too_many_failures_reach_the_driver_as_one_sentence_and_are_counted_before(ray_cluster: None, tmp_path: Path) -> None:
+    sources = {"strict": VerifierReward(retries=1, max_errors=0)}
+    roles = {name: role for name, role in roles_of(PlacementConfig(), sources).items() if name.startswith("reward")}
+    with Cluster(PlacementConfig(), roles) as cluster:
+        rewards = Rewards(cluster, sources, tmp_path, "")
+        rollouts = [*ROLLOUTS[:4], UNKNOWN_TASK]
+        with pytest.raises(
+            RewardError, match=r"^rewards\.strict: 1 of the newest 5 rollouts stay without a score, where max_errors=0 of 100 may; .*no_such_task"
+        ):
+            rewards.score(rollouts, RolloutBatch.of(rollouts)).result()
+        assert rewards.metrics()["reward_calls/strict/errors"] == 2
+        failing = [UNKNOWN_TASK] * 20
+        with pytest.raises(RewardError, match=r"^the verifier of evaluations: 11 of the newest 11 .* remove such prompts from the held-out set$"):
+            rewards.verify(failing).result()

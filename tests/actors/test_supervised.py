@@ -2,9 +2,11 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from actors.dataset import StoredWindows, describe
 from actors.supervised import StageError, SupervisedRank, prepare
@@ -117,3 +119,20 @@ def test_micro_batches_do_not_change_the_course(run, alone):
             [row[name] for _, rows in worker.steps(0) for row in rows for name in ("train/loss", "train/grad_norm", "validation/loss") if name in row]
         )
     assert courses[0] == pytest.approx(courses[1], rel=1e-4)
+
+
+def not_finite(model, batch, num_tokens):
+    loss, stats = SFT.loss(model, batch, num_tokens)
+    return loss * math.nan, stats
+
+
+def test_a_batch_whose_loss_is_not_finite_is_saved(run, alone):
+    worker = build(config(run))
+    worker.stage = replace(worker.stage, loss=not_finite)
+    saved = run / "r" / "sft" / "non_finite" / "step-000001.safetensors"
+    with pytest.raises(FloatingPointError, match=f"step 1: a loss or gradient is not finite and no update was applied; the batch is in {saved}; lower"):
+        next(worker.steps(0))
+    found = load_file(saved)
+    for name in ("token_ids", "loss_mask", "position_ids"):
+        assert np.array_equal(found[name], getattr(worker.windows, name)[found["windows"]])
+    assert len(found["windows"]) == 4
