@@ -124,3 +124,11 @@ def test_losses_and_statistics_on_random_masks(seed: int) -> None:
     stats = policy_loss(logprobs, old, advantages, mask, num_tokens, clip).stats | clipped_value_loss(values, old_values, returns, mask, num_tokens, clip).stats
     assert {name: stats[name].item() for name in expected} == pytest.approx(expected, abs=1e-5)
     assert min(expected["clip_fraction_low"], expected["clip_fraction_high"], expected["value_clip_fraction"]) > 0
+
+
+def test_a_value_inside_its_clip_never_counts_as_clipped() -> None:
+    """However value - old rounds: old + (value - old) may be another number than value."""
+    old, values, returns = numbers(0, 3, size=50, width=50)
+    inside = (values - old).abs() < 0.9
+    found = clipped_value_loss(values, old, returns, inside, int(inside.sum()), 1.0)
+    assert inside.sum() > 1000 and found.stats["value_clip_fraction"] == 0
