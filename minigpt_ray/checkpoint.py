@@ -133,22 +133,18 @@ def write_json_atomic(path: Path, value: Any) -> None:
     _sync(path.parent)
 
 
-BATCHES_KEPT = 3
-"""Newest batches that stay in a directory of save_batch."""
-
-
 def batch_path(directory: Path, step: int) -> Path:
     """Where save_batch writes the batch of a step."""
     return directory / f"{_name(step)}.safetensors"
 
 
-def save_batch(directory: Path, step: int, arrays: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
-    """Keep what an update was refused for, with `about` as the file's metadata; older batches are removed but for the newest few."""
+def save_batch(directory: Path, step: int, arrays: Mapping[str, np.ndarray], about: Mapping[str, str], keep: int = 3) -> None:
+    """Keep what a step was made of, with `about` as the file's metadata; of older batches the newest stay, `keep` in all."""
     directory.mkdir(parents=True, exist_ok=True)
     part = directory / f".{_name(step)}.partial"
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, part, dict(about))
     os.replace(part, batch_path(directory, step))
-    for older in sorted(directory.glob("step-*.safetensors"))[:-BATCHES_KEPT]:
+    for older in sorted(directory.glob("step-*.safetensors"))[:-keep]:
         older.unlink()
 
 

@@ -93,6 +93,8 @@ class LoggingConfig(Config):
     """Steps between console lines; metrics.jsonl gets every step."""
     samples_per_step: NonNegativeInt = 4
     """Rollouts written to samples.jsonl in every step."""
+    batches: NonNegativeInt = 0
+    """Newest steps of PPO whose batch, scores and experience are kept in batches/step-000001.safetensors, to check or to debug: about 50 bytes a token."""
 
 
 class JobConfig(Config):

@@ -118,7 +118,7 @@ def clipped_value_loss(
     error = (values - returns).square()
     clipped = error
     if value_clip is not None:
-        clipped = (old_values + (values - old_values).clamp(-value_clip, value_clip) - returns).square()
+        clipped = (values.clamp(old_values - value_clip, old_values + value_clip) - returns).square()
     loss = token_mean(torch.maximum(error, clipped) / 2, num_tokens)
     stats = {
         "critic_loss": loss.detach(),

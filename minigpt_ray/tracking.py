@@ -8,6 +8,8 @@
 
 metrics.jsonl is the source of truth: every row, written at once, floats to the last bit. One row is one `log`; a step
 may have several (its training row, then its evaluation). The driver owns the tracker; no other process writes.
+
+With `logging.batches` the tensors that a step was made of are kept as well; tests/recompute.py recomputes rows from them.
 """
 
 import json
@@ -17,14 +19,16 @@ import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol, SupportsFloat, TextIO
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from minigpt_ray.checkpoint import save_batch
 from minigpt_ray.config import LoggingConfig
 
 Row = Mapping[str, int | float]
@@ -266,7 +270,7 @@ class Tracker:
         earlier run are kept beside them as *.previous.jsonl. `epochs` is how many passes over the data `total_steps` are.
         """
         directory.mkdir(parents=True, exist_ok=True)
-        self.directory, self.total_steps, self.epochs, self.every = directory, total_steps, epochs, logging.every
+        self.directory, self.total_steps, self.epochs, self.every, self.batches = directory, total_steps, epochs, logging.every, logging.batches
         self.step = resume_step
         for path in (self.metrics_path, self.samples_path):
             if resume_step:
@@ -323,6 +327,11 @@ class Tracker:
         """Append rows to samples.jsonl, each with its step."""
         _append(self._samples, [{"step": step} | dict(row) for row in rows])
 
+    def batch(self, step: int, **values: Any) -> None:
+        """Write the tensors and numbers in `values` to batches/, by dotted names; those of the newest `logging.batches` steps stay."""
+        if self.batches:
+            save_batch(self.directory / "batches", step, dict(_arrays("", values)), {}, keep=self.batches)
+
     def rewind(self, step: int) -> None:
         """Forget the rows after `step`, since these steps will be taken again."""
         self._metrics.close()
@@ -349,3 +358,13 @@ class Tracker:
 def _append(file: TextIO, rows: list[dict[str, Any]]) -> None:
     file.write("".join(_line(row) for row in rows))
     file.flush()
+
+
+def _arrays(place: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Tensors and numbers below a dataclass or mapping, as arrays: `scores.rewards.total`."""
+    parts = {f.name: getattr(value, f.name) for f in fields(value)} if is_dataclass(value) else value
+    if not isinstance(parts, Mapping):
+        yield place, np.asarray(value)
+        return
+    for name, part in parts.items():
+        yield from _arrays(f"{place}.{name}" if place else name, part)

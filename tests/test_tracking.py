@@ -5,9 +5,12 @@ import json
 import math
 import sys
 import time
+from dataclasses import dataclass
 
 import pytest
+import torch
 from rich.console import Console
+from safetensors.numpy import load_file
 
 from minigpt_ray.config import LoggingConfig
 from minigpt_ray.tracking import Rates, Timer, Tracker, console_line, read_metrics, read_samples
@@ -198,3 +201,48 @@ def test_wandb_offline_holds_the_names_and_a_resumed_run_keeps_its_id(tmp_path):
     content = b"".join(f.read_bytes() for f in files)
     for name in PPO_ROW:
         assert name.encode() in content
+
+
+# ----------------------------------------------------------------------------------------------- tensors of a step
+
+
+@dataclass(frozen=True)
+class Inner:
+    total: torch.Tensor
+    by_source: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Outer:
+    mask: torch.Tensor
+    inner: Inner
+    step: int
+
+
+def value_of(step):
+    total = torch.tensor([0.5, step])
+    return Outer(torch.tensor([[True, False]]), Inner(total, {"letters": total}), step)
+
+
+def test_the_newest_batches_are_kept_by_dotted_names(tmp_path):
+    (tmp_path / "batches").mkdir()
+    (tmp_path / "batches" / "step-000099.safetensors").touch()  # of an earlier run
+    with open_tracker(tmp_path, batches=2) as tracker:
+        for step in (1, 2, 3):
+            tracker.batch(step, scores=value_of(step), other=value_of(0).mask)
+    assert sorted(path.name for path in (tmp_path / "batches").iterdir()) == ["step-000002.safetensors", "step-000003.safetensors"]
+    arrays = load_file(tmp_path / "batches" / "step-000003.safetensors")
+    assert {name: array.tolist() for name, array in arrays.items()} == {
+        "scores.mask": [[True, False]],
+        "scores.inner.total": [0.5, 3.0],
+        "scores.inner.by_source.letters": [0.5, 3.0],
+        "scores.step": 3,
+        "other": [[True, False]],
+    }
+    assert (arrays["scores.mask"].dtype, arrays["scores.inner.total"].dtype) == (bool, "float32")
+
+
+def test_no_batches_are_written_unless_asked(tmp_path):
+    with open_tracker(tmp_path) as tracker:
+        tracker.batch(1, scores=value_of(1))
+    assert not (tmp_path / "batches").exists()

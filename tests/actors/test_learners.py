@@ -29,10 +29,13 @@ LENGTHS = (9, 14, 6, 11, 14, 8, 7, 12, 10)
 PROMPT = 4
 # A large epsilon makes Adam's first steps as smooth as the gradient: float noise cannot turn into a change of sign.
 OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-3)
+# So large an epsilon, and a rate as large, make AdamW's first step the gradient itself: lr * g / (|g| + eps).
+PLAIN = OptimizerConfig(lr=1e4, eps=1e4, max_grad_norm=1e6)
 # Nine rollouts in mini-batches of four: the last has one row, so that of two ranks one has none.
 ALGORITHM = AlgorithmConfig(ppo_epochs=2, mini_batch_size=4, value_clip=None)
 # Every term that the policy's loss can have, and an early stop in the second epoch.
 EVERYTHING = ALGORITHM.model_copy(update={"clip_high": 0.3, "dual_clip": 1.5, "entropy_coef": 0.01, "kl_in": "loss", "kl_estimator": "k2", "kl_stop": 0.05})
+WHOLE = AlgorithmConfig(mini_batch_size=len(LENGTHS), value_clip=None)
 
 
 def batch() -> RolloutBatch:
@@ -108,7 +111,17 @@ def course(path: Path, rank: Rank, **changes: object) -> dict[str, object]:
         "critic": critic.update(taken),
         "policy_weights": weights_of(policy),
         "critic_weights": weights_of(critic),
+        "policy_gradient": gradient_of(policy_rank(path, rank, WHOLE, **changes, optimizer=PLAIN), taken),
+        "critic_gradient": gradient_of(critic_rank(path, rank, WHOLE, **changes, optimizer=PLAIN), taken),
     }
+
+
+def gradient_of(rank: PolicyRank | CriticRank, taken: Experience) -> dict[str, Tensor]:
+    """What one update on all rollouts goes by."""
+    before = weights_of(rank)
+    rank.update(taken)
+    after = weights_of(rank)
+    return {name: before[name] - after[name] for name in before}
 
 
 def process(index: int, path: Path, port: int) -> None:
@@ -288,11 +301,13 @@ def same_update(expected: dict[str, object], found: dict[str, object]) -> None:
     for role in ("policy", "critic"):
         assert found[role] == pytest.approx(expected[role], rel=1e-4, abs=1e-6)
         assert difference(found[f"{role}_weights"], expected[f"{role}_weights"]) < 1e-5
+        largest = max(float(tensor.abs().max()) for tensor in expected[f"{role}_gradient"].values())
+        assert difference(found[f"{role}_gradient"], expected[f"{role}_gradient"]) < 1e-4 * largest and largest > 1e-2
 
 
 @pytest.mark.slow
 def test_two_ranks_update_as_one(one_rank: dict[str, object], two_ranks: list[dict[str, object]]) -> None:
-    """Losses, gradient norms, weights and the early stop, though the last mini-batch leaves one of the ranks without a row."""
+    """Losses, gradients, their norms, weights and the early stop, though the last mini-batch leaves one of the ranks without a row."""
     assert one_rank["policy"]["policy/early_stopped"] == 1  # type: ignore[index]
     for found in two_ranks:
         same_update(one_rank, found)
@@ -327,12 +342,12 @@ def test_a_loss_that_is_not_finite_stops_and_changes_nothing(nano: Path, zero_st
 def test_the_mini_batch_of_a_refused_update_is_saved_with_what_made_it_so(nano: Path, tmp_path: Path) -> None:
     """The first of a step; of several steps the newest three."""
     rank = policy_rank(nano, algorithm=AlgorithmConfig(mini_batch_size=3, ppo_epochs=2, non_finite="skip"))
-    rank.refused = tmp_path / "refused"
+    rank.learner = replace(rank.learner, refused=tmp_path / "refused")
     taken = spoilt(rank.logprobs(batch()))
     for step in range(5):
         rank.update(replace(taken, step=step))
-    assert sorted(path.name for path in rank.refused.iterdir()) == [f"step-00000{step}.safetensors" for step in (2, 3, 4)]
-    saved = load_file(rank.refused / "step-000004.safetensors")
+    assert sorted(path.name for path in rank.learner.refused.iterdir()) == [f"step-00000{step}.safetensors" for step in (2, 3, 4)]
+    saved = load_file(rank.learner.refused / "step-000004.safetensors")
     rows = taken.rows(saved.pop("rows"))
     assert set(saved) == {"token_ids", "lengths", "response_mask", "logprobs", "values", "advantages", "returns"} and len(saved["lengths"]) == 3
     for name, tensor in saved.items():

@@ -2,13 +2,19 @@
 
 import json
 import math
+import os
+import socket
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
 from safetensors.numpy import load_file
 
 from actors.dataset import StoredWindows, describe
+from actors.group import RankHost
 from actors.supervised import StageError, SupervisedRank, prepare
 from minigpt_ray.config import SFTConfig
 from minigpt_ray.data.packing import pack
@@ -136,3 +142,51 @@ def test_a_batch_whose_loss_is_not_finite_is_saved(run, alone):
     for name in ("token_ids", "loss_mask", "position_ids"):
         assert np.array_equal(found[name], getattr(worker.windows, name)[found["windows"]])
     assert len(found["windows"]) == 4
+
+
+# ---------------------------------------------------------------------------------------------- two ranks and one
+
+SMOOTH = {"lr": 1e-2, "eps": 1e-3}  # an epsilon at which float noise cannot turn into a change of sign
+# So large an epsilon, and a rate as large, make AdamW's first step the gradient itself: lr * g / (|g| + eps).
+PLAIN = {"lr": 1e4, "eps": 1e4, "max_grad_norm": 1e6}
+
+
+def ranks_course(directory):
+    """What a few steps report and end with, and the gradient of the first."""
+    worker = build(config(directory, optimizer=SMOOTH))
+    reported = [row[name] for _, rows in worker.steps(0) for row in rows for name in ("train/loss", "train/grad_norm", "validation/loss") if name in row]
+    other = build(config(directory, optimizer=PLAIN, steps=1, validation_share=0))
+    before = weights_of(other)
+    next(other.steps(0))
+    after = weights_of(other)
+    return {"reported": reported, "weights": weights_of(worker), "gradient": {name: before[name] - after[name] for name in before}}
+
+
+def weights_of(worker):
+    return {name: tensor.clone() for name, tensor in worker.engine.named_weights(worker.model)}
+
+
+def process(index, directory, port):
+    """One of two ranks; what it found goes to a file."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "DS_ACCELERATOR_LOG_LEVEL": "ERROR"}
+    RankHost(index, 2, threads=1).join("127.0.0.1", port)
+    torch.save(ranks_course(directory), directory / f"rank-{index}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_as_one(run, alone):
+    """Losses, gradient norms, gradients and updated weights, with real processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(process, (run, port), nprocs=2)
+    expected = ranks_course(run)
+    for found in (torch.load(run / f"rank-{index}.pt") for index in range(2)):
+        assert found["reported"] == pytest.approx(expected["reported"], rel=1e-5)
+        for kind, tolerance in (("gradient", 1e-6), ("weights", 1e-5)):
+            assert found[kind].keys() == expected[kind].keys()
+            for name, tensor in expected[kind].items():
+                torch.testing.assert_close(found[kind][name], tensor, rtol=1e-4, atol=tolerance)
+    assert max(float(tensor.abs().max()) for tensor in expected["gradient"].values()) > 1e-2
