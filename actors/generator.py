@@ -171,6 +171,7 @@ class Generator(Group[GeneratorWorker]):
         calls = [host.call.remote(self.role, GeneratorWorker.receive, (by_reference(mine),)) for host, mine in zip(hosts, publications, strict=True)]
         timed = ray.get([*calls, *sending])[: len(calls)]
         self.usage.busy_seconds += max(t.seconds for t in timed)
+        self.usage.span(timed)
         self._asleep = False
         return [t.value for t in timed]
 
@@ -230,6 +231,7 @@ class Generator(Group[GeneratorWorker]):
                 continue
             seconds[worker] += timed.seconds
             memory[worker] = timed.memory_bytes
+            self.usage.span([timed])
             number, answers = timed.value
             left.discard(positions[number])
             yield positions[number], answers

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 
 from actors.critic import Critic
-from actors.group import Group, gather
+from actors.group import Group, covered_seconds, gather
 from actors.placement import peak_flops
 from actors.policy import Policy
 from actors.preparation import Preparation
@@ -77,6 +77,7 @@ class Training:
             "train/num_tokens_generated": state.num_tokens_generated,
             **self.rates.step(state.step, seconds, int(batch.response_mask.sum()), len(batch), flops),
             "time/step_s": seconds,
+            "time/overhead_s": max(0.0, seconds - covered_seconds([span for role in self.roles for span in role.usage.spans])),
             **timer.metrics(),
             **{name: value for role in self.roles for name, value in role.usage_metrics(seconds).items()},
         }
