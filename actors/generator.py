@@ -182,6 +182,7 @@ class Generator(Group[GeneratorWorker]):
                 for worker in dead:
                     self._start_anew(worker, death)
         self.usage.busy_seconds += max(t.seconds for t in timed)
+        self.usage.span(timed)
         self._asleep = False
         return [t.value for t in timed]
 
@@ -241,6 +242,7 @@ class Generator(Group[GeneratorWorker]):
                 continue
             seconds[worker] += timed.seconds
             memory[worker] = timed.memory_bytes
+            self.usage.span([timed])
             number, answers = timed.value
             left.discard(positions[number])
             yield positions[number], answers

