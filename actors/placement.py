@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.group import RankHost
 from minigpt_ray.config import AnyReward, ModelReward, PlacementConfig, RolePlacement
 from minigpt_ray.flops import cpu_peak_flops, gpu_peak_flops
+
+logger = logging.getLogger(__name__)
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PREFLIGHT_SECONDS = 10.0
@@ -141,8 +144,16 @@ def connect(address: str | None, cpus: int) -> None:
         return
     if address is not None or "RAY_ADDRESS" in os.environ:
         ray.init(address=address or "auto", logging_level=logging.ERROR, log_to_driver=True)
-    else:
-        ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, logging_level=logging.ERROR, log_to_driver=True)
+        return
+    start = partial(ray.init, address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, logging_level=logging.ERROR)
+    try:
+        start()
+    except Exception as error:  # Ray has no type for it, and waits half a minute, which a busy machine may exceed
+        if "timed out during startup" not in str(error):
+            raise
+        logger.warning("Ray did not start in time on this machine, which is busy; once more")
+        ray.shutdown()
+        start()
 
 
 def preflight(roles: Mapping[str, RolePlacement]) -> None:
