@@ -139,13 +139,15 @@ def batch_path(directory: Path, step: int) -> Path:
 
 
 def save_batch(directory: Path, step: int, arrays: Mapping[str, np.ndarray], about: Mapping[str, str], keep: int = 3) -> None:
-    """Keep what a step was made of, with `about` as the file's metadata; of older batches the newest stay, `keep` in all."""
+    """Keep what a step was made of, with `about` as the file's metadata; `keep` batches stay, none of a later step, which has been given up."""
     directory.mkdir(parents=True, exist_ok=True)
     part = directory / f".{_name(step)}.partial"
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, part, dict(about))
+    save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, part, dict(about))
     os.replace(part, batch_path(directory, step))
-    for older in sorted(directory.glob("step-*.safetensors"))[:-keep]:
-        older.unlink()
+    found = sorted(directory.glob("step-*.safetensors"))
+    newest = found.index(batch_path(directory, step))
+    for path in found[: max(0, newest + 1 - keep)] + found[newest + 1 :]:
+        path.unlink()
 
 
 def _name(step: int) -> str:

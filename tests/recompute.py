@@ -39,6 +39,13 @@ COVERED = {
     "algorithm.estimator": "gae",
     "algorithm.critic_warmup_steps": 0,
     "algorithm.replacement_rounds": 0,
+    "algorithm.normalize_rewards": False,
+    "algorithm.reward_clip": None,
+    "algorithm.length_penalty": 0,
+    "algorithm.kl_in": "reward",
+    "algorithm.kl_target": None,
+    "algorithm.kl_stop": None,
+    "algorithm.dual_clip": None,
     "policy.dtype": "float32",
     "critic.dtype": "float32",
     "reference.dtype": "float32",
@@ -164,7 +171,7 @@ def gae(rewards: list[float], values: list[float], after: float, discount: float
 
 def policy_terms(logprobs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, entropy: torch.Tensor, algorithm: dict) -> dict[str, torch.Tensor]:
     """Sums over the tokens of one response; with a positive advantage the ratio counts up to its upper bound, with a negative one from its lower."""
-    low, high, ratio = 1 - algorithm["clip"], 1 + algorithm["clip"], torch.exp(logprobs - old)
+    low, high, ratio = 1 - algorithm["clip_low"], 1 + algorithm["clip_high"], torch.exp(logprobs - old)
     counted = torch.where(advantages > 0, ratio.clamp(max=high), ratio.clamp(min=low))
     return {
         "train/actor_loss": -(counted * advantages).sum() - algorithm["entropy_coef"] * entropy.sum(),
@@ -310,7 +317,7 @@ class Replay:
         for name, ours in (("policy_logprobs", "old"), ("reference_logprobs", "reference"), ("values", "values")):
             self.table.bound(step, f"{name}: largest difference", np.abs(recorded(f"scores.{name}") - column(ours)).max(), LOGPROBS)
         values, returns, gap = column("values"), column("returns"), np.abs(recorded("batch.generator_logprobs") - column("old"))
-        shift, scale = (column("advantages").mean(), column("advantages").std() + 1e-8) if self.algorithm["whiten_advantages"] else (0.0, 1.0)
+        shift, scale = (column("advantages").mean(), column("advantages").std() + 1e-8) if self.algorithm["whiten_advantages"] is not False else (0.0, 1.0)
         learnt = (column("advantages") - shift) / scale
         self.table.bound(step, "generator's logprobs: largest difference", gap.max(), GAP)
         for name, value, absolute in (

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from minigpt_ray.losses import Loss, clipped_policy_loss, clipped_value_loss
-from minigpt_ray.rl.advantages import gae, whiten
+from minigpt_ray.rl.advantages import EstimatorInputs, gae, whiten
 
 SEEDS = range(5)
 
@@ -25,7 +25,8 @@ def mask_with_gaps(seed: int, size: int = 6, width: int = 11) -> Tensor:
 
 
 def policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, num_tokens: int, clip: float) -> Loss:
-    return clipped_policy_loss(logprobs, old, advantages, mask, num_tokens, clip, torch.zeros_like(old), 0.0)
+    found = clipped_policy_loss(logprobs, old, advantages, mask, num_tokens, clip, clip, None)
+    return Loss(found.loss, {"actor_loss": found.loss.detach(), **found.stats})
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -36,7 +37,8 @@ def test_gae_on_random_masks(seed: int, discount: float, gae_lambda: float) -> N
     mask = mask_with_gaps(seed)
     truncated = torch.arange(6) % 2 == 0
     lengths = torch.tensor([max(mask[b].nonzero().flatten().tolist(), default=0) + 1 for b in range(6)])
-    advantages, returns = gae(rewards, values, mask, lengths, truncated, discount, gae_lambda)
+    advantages = gae(EstimatorInputs(rewards, values, mask, lengths, truncated, torch.arange(6), discount, gae_lambda, True))
+    returns = advantages + torch.where(mask, values[:, :-1], 0)
     for b in range(6):
         after = values[b, lengths[b]].item() if truncated[b] else 0.0
         advantage = 0.0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minigpt_ray.losses import Loss, clipped_policy_loss, clipped_value_loss
-from minigpt_ray.rl.advantages import gae, whiten
+from minigpt_ray.rl.advantages import EstimatorInputs, gae, whiten
 
 CASES = json.loads((Path(__file__).parent / "golden" / "trl_ppo.json").read_text())["cases"]
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -29,12 +29,14 @@ def estimate(case: dict[str, Any]) -> tuple[Tensor, Tensor]:
     lengths = (mask * torch.arange(1, mask.shape[1] + 1)).amax(1)
     values = torch.nn.functional.pad(read(case, "values"), (0, 1))
     finished = torch.zeros(len(mask), dtype=torch.bool)
-    return gae(read(case, "rewards"), values, mask, lengths, finished, case["discount"], case["gae_lambda"])
+    groups = torch.arange(len(mask))
+    advantages = gae(EstimatorInputs(read(case, "rewards"), values, mask, lengths, finished, groups, case["discount"], case["gae_lambda"], True))
+    return advantages, advantages + torch.where(mask, values[:, :-1], 0)
 
 
 def policy_loss(case: dict[str, Any], logprobs: Tensor) -> Loss:
     mask, old, advantages = mask_of(case), read(case, "old_logprobs"), read(case, "advantages")
-    return clipped_policy_loss(logprobs, old, advantages, mask, int(mask.sum()), case["clip"], torch.zeros_like(old), 0.0)
+    return clipped_policy_loss(logprobs, old, advantages, mask, int(mask.sum()), case["clip"], case["clip"], None)
 
 
 @pytest.mark.parametrize("case", CASES)

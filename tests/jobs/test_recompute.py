@@ -32,7 +32,7 @@ def lower_case(rollouts):
 OVERRIDES = """
 steps=2 logging.batches=2 logging.samples_per_step=16 evaluation.num_prompts=2 sampling.temperature=0.9
 rewards.letters.kind=function rewards.letters.function=a_users_rewards:lower_case rewards.letters.weight=0.5
-algorithm.ppo_epochs=2 algorithm.clip=0.05 algorithm.value_clip=0.02 algorithm.entropy_coef=0.01
+algorithm.ppo_epochs=2 algorithm.clip_low=0.05 algorithm.clip_high=0.05 algorithm.value_clip=0.02 algorithm.entropy_coef=0.01
 algorithm.kl_coef=0.1 algorithm.kl_estimator=k3 algorithm.discount=0.98 algorithm.gae_lambda=0.9
 policy.optimizer.lr=2e-3 policy.optimizer.warmup_steps=3 policy.optimizer.weight_decay=0.1 policy.micro_batch_tokens=300
 critic.optimizer.lr=3e-3 critic.optimizer.schedule=cosine critic.zero_stage=0
