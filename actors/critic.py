@@ -93,6 +93,7 @@ class NoCritic(Critic):
         Group.__init__(self, cluster, "critic", CriticRank)
 
     def start(self) -> None:
+        """There is nothing to start."""
         self.hosts, self._building = [], []
 
     def values(self, batch: RolloutBatch) -> Pending[Float[Tensor, "B T+1"]]:

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from actors.critic import CriticRank, NoCritic
 from actors.group import Rank, RankHost
+from actors.placement import Cluster
 from actors.policy import PolicyRank
-from minigpt_ray.config import AlgorithmConfig, CriticConfig, OptimizerConfig, PolicyConfig
+from minigpt_ray.config import AlgorithmConfig, CriticConfig, OptimizerConfig, PlacementConfig, PolicyConfig
 from minigpt_ray.models import TokenLogprobs, TokenValues, export, load_causal, load_scalar
 from minigpt_ray.rl.experience import Experience, RolloutBatch
 from minigpt_ray.tokenizer import load_tokenizer
@@ -279,8 +280,9 @@ def test_kl_in_the_loss_draws_the_policy_back_to_the_reference(nano: Path) -> No
 # ---------------------------------------------------------------------------------------------- without a critic
 
 
-def test_in_a_critics_place_there_is_no_process_and_every_answer_is_empty(tmp_path: Path) -> None:
-    critic = NoCritic()
+@pytest.mark.ray
+def test_in_a_critics_place_there_is_no_process_and_every_answer_is_empty(ray_cluster: None, tmp_path: Path) -> None:
+    critic = NoCritic(Cluster(PlacementConfig(), {}))
     values = critic.values(batch()).result()
     assert values.shape == (len(LENGTHS), max(LENGTHS) + 1) and not values.any()
     critic.ready()
@@ -349,7 +351,10 @@ def test_the_mini_batch_of_a_refused_update_is_saved_with_what_made_it_so(nano: 
     assert sorted(path.name for path in rank.learner.refused.iterdir()) == [f"step-00000{step}.safetensors" for step in (2, 3, 4)]
     saved = load_file(rank.learner.refused / "step-000004.safetensors")
     rows = taken.rows(saved.pop("rows"))
-    assert set(saved) == {"token_ids", "lengths", "response_mask", "logprobs", "values", "advantages", "returns"} and len(saved["lengths"]) == 3
+    assert (
+        set(saved) == {"token_ids", "lengths", "response_mask", "logprobs", "reference_logprobs", "values", "advantages", "returns"}
+        and len(saved["lengths"]) == 3
+    )
     for name, tensor in saved.items():
         torch.testing.assert_close(tensor, getattr(rows, name), equal_nan=True)
     assert saved["advantages"].isnan().sum() == 1
