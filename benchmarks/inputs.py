@@ -43,16 +43,16 @@ def words_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def endless(tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int]) -> PreTrainedModel:
-    """Random weights that never draw an end token or padding, whatever the input.
+    """Random weights that never draw an end token or padding after other tokens.
 
-    Component 0 of every embedding is 1, which outweighs the rest of the hidden state, and of those two tokens' -1: the
-    tied output layer gives them a logit about 30 below all others.
+    Component 0 of every embedding is 2, which outweighs the rest of the hidden state, and of those two tokens' -2: the
+    tied output layer gives them a logprob below -25.
     """
     model = build_causal(PRESET, tokenizer, seed=0)
     with torch.no_grad():
         rows = model.get_input_embeddings().weight
-        rows[:, 0] = 1.0
-        rows[[tokenizer.eos_token_id, tokenizer.pad_token_id], 0] = -1.0
+        rows[:, 0] = 2.0
+        rows[[tokenizer.eos_token_id, tokenizer.pad_token_id], 0] = -2.0
     return model
 
 

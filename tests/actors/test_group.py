@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from ray import cloudpickle
 
-from actors.group import Group, Pending, Rank, Shared, by_reference, gather
+from actors.group import Group, Pending, Rank, Shared, by_reference, covered_seconds, gather
 from actors.placement import Cluster
 from minigpt_ray.config import PlacementConfig, RolePlacement
 
@@ -127,3 +127,9 @@ def test_a_value_lies_in_the_object_store_once_while_it_lives(ray_cluster: None)
     assert by_reference(Table(table.rows)) is not shared
     for plain in (5, "text", [table], Table):
         assert by_reference(plain) is plain
+
+
+def test_spans_that_overlap_count_once_and_gaps_not() -> None:
+    assert covered_seconds([]) == 0
+    assert covered_seconds([(1.0, 2.0), (4.0, 5.5)]) == 2.5
+    assert covered_seconds([(4.0, 6.0), (1.0, 5.0), (2.0, 3.0)]) == 5.0
