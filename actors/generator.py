@@ -14,7 +14,7 @@ import numpy as np
 import ray
 from torch import Tensor
 
-from actors.group import Group, Rank, RoleLost, Timed, by_reference, get_all, has_died
+from actors.group import Group, OutOfRestarts, Rank, RoleLost, Timed, by_reference, get_all, has_died
 from actors.placement import Cluster
 from actors.weights import TRANSPORTS, Publication, probe_gap
 from minigpt_ray.config import GeneratorConfig, SamplingConfig
@@ -259,7 +259,7 @@ class Generator(Group[GeneratorWorker]):
 
     def _start_anew(self, worker: int, death: Exception) -> None:
         if self._restarts_left == 0:
-            raise RuntimeError("a generator worker died and generator.restart_limit is used up; see the worker's log for the cause") from death
+            raise OutOfRestarts(self.role, "generator.restart_limit") from death
         self._restarts_left -= 1
         self.restarts += 1
         logger.warning("generator worker %d died; a new one takes its place and its prompts", worker)

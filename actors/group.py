@@ -196,6 +196,13 @@ class RoleLost(RuntimeError):
         self.role = role
 
 
+class OutOfRestarts(RuntimeError):
+    """Processes of a role died more often than they may be replaced."""
+
+    def __init__(self, role: str, limit: str) -> None:
+        super().__init__(f"processes of {role} died more often than {limit} allows; see their logs for the cause, then go on with checkpoint.resume=auto")
+
+
 class Group(Generic[R]):
     """One role on its ranks."""
 

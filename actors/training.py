@@ -9,7 +9,7 @@ from pathlib import Path
 
 from actors.critic import Critic
 from actors.generator import Generator
-from actors.group import Group, RoleLost, covered_seconds, gather
+from actors.group import Group, OutOfRestarts, RoleLost, covered_seconds, gather
 from actors.placement import peak_flops
 from actors.policy import Policy
 from actors.preparation import Preparation
@@ -61,7 +61,7 @@ class Training:
         """Take the steps that are left.
 
         When a learner's process dies, both learners start again from the newest checkpoint, and the prompts and the
-        metrics go back with them; RoleLost is raised once restart_limit is used up. At SIGTERM the last whole step is
+        metrics go back with them; OutOfRestarts is raised once restart_limit is used up. At SIGTERM the last whole step is
         committed and the process ends with 0: at once, or, while the models stand between two steps, after the step.
         """
         with self._answering_sigterm():
@@ -139,7 +139,7 @@ class Training:
         placement = self.config.placement
         learners = {placement.home("policy"), placement.home("critic")}
         if placement.home(lost.role) not in learners or self._rewinds_left == 0:
-            raise lost
+            raise OutOfRestarts(lost.role, f"restart_limit={self.config.restart_limit}") from lost
         self._rewinds_left -= 1
         self._changing = True
         checkpoint = self.ready.checkpoints.latest()

@@ -41,6 +41,8 @@ def run(config: EvaluateConfig) -> None:
             longest = max(len(prompt.token_ids) for prompt in prompts) + config.sampling.max_tokens
             with console.status(f"{name}: {len(prompts)} held-out prompts"):
                 generator = Generator(cluster, path, config.generator, longest, placement.generator.tensor_parallel, config.seed)
+                for role in (generator, *rewards.groups):
+                    role.ready()
                 generator.use_checkpoint()
                 results[name], _ = evaluate(generator, rewards, prompts, config.sampling, config.sampled)
                 generator.close()

@@ -18,12 +18,12 @@ def train(config: PPOConfig) -> None:
     from actors.critic import start_critic
     from actors.evaluation import log_evaluation, sample_row
     from actors.generator import Generator
-    from actors.group import Pending, gather
+    from actors.group import OutOfRestarts, Pending, gather
     from actors.placement import Cluster
     from actors.policy import Policy
     from actors.preparation import Preparation
     from actors.reference import Reference
-    from actors.rewards import Rewards
+    from actors.rewards import RewardError, Rewards
     from actors.training import Training
     from minigpt_ray.rl.experience import Rollout, RolloutBatch, Scores, TrainingState
     from minigpt_ray.rl.metrics import rollout_metrics, score_metrics
@@ -68,7 +68,8 @@ def train(config: PPOConfig) -> None:
         training = Training(ready, tracker, generator, policy, critic, [reference, *rewards.groups])
         if training.state.step == 0:
             log_evaluation(tracker, 0, generator, rewards, ready.held_out, config.evaluation)
-        training.run(step)
+        with one_sentence((RewardError, OutOfRestarts)):
+            training.run(step)
         policy.export(ready.directory / "model")
         tracker.message(f"the model is in {ready.directory / 'model'}")
 

@@ -65,11 +65,11 @@ def load_config(root: type[C], argv: list[str] | None = None) -> C:
 
 
 @contextmanager
-def one_sentence() -> Iterator[None]:
-    """What a user can mend ends the process with code 2 and its sentence on stderr, not with a traceback."""
+def one_sentence(kinds: tuple[type[Exception], ...] = (ValueError, FileNotFoundError)) -> Iterator[None]:
+    """What a user can mend ends the process with code 2 and its sentence on stderr, not with a traceback. `kinds` are such sentences."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except kinds as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
 

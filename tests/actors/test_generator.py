@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LogitsProcessorList, MinPLogitsWarper, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
 from actors.generator import Generator, GeneratorWorker, Request, sampling_seed
-from actors.group import Rank
+from actors.group import OutOfRestarts, Rank
 from actors.placement import Cluster
 from actors.transformers_engine import filtered_logprobs
 from actors.weights import Probe, Publication, WeightsError, probe_tokens, publish
@@ -126,7 +126,7 @@ def test_a_killed_worker_is_replaced_and_the_tokens_are_the_same(mortal: Generat
     assert mortal.usage_metrics(1.0)["restarts/generator"] == 1
 
     kill(mortal, 0)
-    with pytest.raises(RuntimeError, match=r"a generator worker died and generator\.restart_limit is used up"):
+    with pytest.raises(OutOfRestarts, match=r"processes of generator died more often than generator\.restart_limit allows"):
         mortal.generate(PROMPTS, sampling)
 
 
