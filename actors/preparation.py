@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from actors.placement import roles_of
+from actors.weights import PROBE_LENGTH
 from minigpt_ray.checkpoint import Checkpoints
 from minigpt_ray.cli import resolved, write_resolved
 from minigpt_ray.config import ModelReward, PPOConfig, RolePlacement, SFTConfig, VerifierReward
@@ -51,9 +52,9 @@ class Preparation:
 
     @property
     def max_model_len(self) -> int:
-        """Longest prompt and longest response together."""
+        """Longest prompt and longest response together, at least what the probe of the weights takes: its tokens and one more."""
         responses = max(self.config.sampling.max_tokens, self.config.evaluation.sampling.max_tokens)
-        return max(len(p.token_ids) for p in (*self.prompts.prompts, *self.held_out)) + responses
+        return max(max(len(p.token_ids) for p in (*self.prompts.prompts, *self.held_out)) + responses, PROBE_LENGTH + 1)
 
     @cached_property
     def shapes(self) -> PPOShapes:

@@ -122,6 +122,7 @@ QWEN3, LLAMA = "Qwen3ForCausalLM", "LlamaForCausalLM"
 # Sizes in names are with 320 tokens up to 3m and with 6,400 above.
 PRESETS = {
     "nano": ModelShape(QWEN3, 64, 128, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, max_positions=512),
+    "qwen3-0.4m": ModelShape(QWEN3, 128, 320, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, max_positions=512),
     "qwen3-1m": ModelShape(QWEN3, 192, 512, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=32, max_positions=512),
     "qwen3-2m": ModelShape(QWEN3, 192, 576, num_layers=4, num_heads=6, num_kv_heads=2, head_dim=32, max_positions=1024),
     "qwen3-3m": ModelShape(QWEN3, 256, 768, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64, max_positions=1024),

@@ -1,12 +1,15 @@
 """A run directory -> one self-contained HTML page: results, learning curves, answers, where the time went, configuration.
 
     python -m minigpt_ray.report outputs/debug
+    python -m minigpt_ray.report --curves curves.svg outputs/demo outputs/demo-1      PPO of several runs: a plot, and a table in Markdown
 
 Every stage that wrote a metrics.jsonl gets a chapter; what a stage did not measure is left out. The page needs no network.
 """
 
+import argparse
 import html
 import io
+import itertools
 import json
 import math
 import sys
@@ -267,6 +270,36 @@ def _reward(row: Mapping[str, Any]) -> str:
     return "–" if row["reward"] is None else f"{row['reward']:.2f}"
 
 
+# ------------------------------------------------------------------------------------------------- several runs
+
+
+def write_curves(run_dirs: Sequence[Path], path: Path) -> str:
+    """Draw PPO's held-out exact match of several runs into an SVG file; returns the same figures as a table in Markdown.
+
+    Raises FileNotFoundError for a run whose PPO has evaluated nothing.
+    """
+    figure, axes = _figure()
+    figure.set_size_inches(6.4, 4.2)
+    table: dict[int, dict[str, str]] = {}
+    for run_dir, color in zip(run_dirs, itertools.cycle(COLORS), strict=False):
+        rows = read_metrics(run_dir / "ppo" / "metrics.jsonl")
+        (steps, greedy), (steps_sampled, sampled) = series(rows, "eval/accuracy"), series(rows, "eval/sampled_accuracy")
+        if not len(steps):
+            raise FileNotFoundError(f"{run_dir}: no evaluation in ppo/metrics.jsonl; give directories of runs, as in outputs/demo")
+        axes.plot(steps, greedy, "o-", color=color, markersize=3, linewidth=1.2, label=f"{run_dir.name}, greedy")
+        axes.plot(steps_sampled, sampled, "--", color=color, linewidth=1, label=f"{run_dir.name}, sampled")
+        by_step = dict(zip(steps_sampled, sampled, strict=True))
+        for step, value in zip(steps, greedy, strict=True):
+            table.setdefault(int(step), {})[run_dir.name] = f"{value:.1%} / {by_step[step]:.1%}" if step in by_step else f"{value:.1%}"
+    axes.set_xlabel("PPO step")
+    axes.set_title("Held-out exact match", fontsize=9, pad=12 + 16 * len(run_dirs))
+    _legend(axes, columns=2)
+    path.write_text(_svg(figure, path.stem), encoding="utf-8")
+    names = [run_dir.name for run_dir in run_dirs]
+    lines = [["step", *names], ["---:"] * (1 + len(names)), *([str(step), *(table[step].get(name, "") for name in names)] for step in sorted(table))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 # ------------------------------------------------------------------------------------------------------- drawing
 
 DRAWING: dict[Any, Any] = {
@@ -297,8 +330,8 @@ def _figure() -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(axes: Axes) -> None:
-    axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, handlelength=1.2, columnspacing=1.0)
+def _legend(axes: Axes, columns: int = 3) -> None:
+    axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, handlelength=1.2, columnspacing=1.0)
 
 
 def _framed(title: str, caption: str, figure: Figure) -> str:
@@ -342,12 +375,15 @@ PAGE = """<!doctype html>
 
 
 def main(arguments: list[str]) -> None:
-    """`python -m minigpt_ray.report RUN_DIR`"""
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m minigpt_ray.report RUN_DIR      (as in outputs/debug)", file=sys.stderr)
-        raise SystemExit(0 if arguments in (["--help"], ["-h"]) else 2)
+    """`python -m minigpt_ray.report RUN_DIR`, or `--curves FILE.svg RUN_DIR ...`"""
+    parser = argparse.ArgumentParser(prog="python -m minigpt_ray.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="as in outputs/debug")
+    parser.add_argument("--curves", type=Path, metavar="FILE", help="draw PPO's held-out exact match of all runs into this SVG file, and print it as a table")
+    given = parser.parse_args(arguments)
+    if given.curves is None and len(given.runs) > 1:
+        parser.error("a report is of one RUN_DIR; several go with --curves FILE")
     try:
-        print(write_report(Path(arguments[0])))
+        print(write_report(given.runs[0]) if given.curves is None else write_curves(given.runs, given.curves))
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None

@@ -12,7 +12,7 @@ from minigpt_ray.presets import ARCHITECTURES, PRESETS, ModelShape
 # Head sizes that vLLM's attention on CPU supports.
 VLLM_CPU_HEAD_SIZES = {32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512}
 
-NOMINAL_MILLIONS = {"nano": 0.095, "1m": 1.25, "2m": 1.8, "3m": 3.2, "26m": 26, "104m": 104, "0.5b": 510}
+NOMINAL_MILLIONS = {"nano": 0.095, "0.4m": 0.386, "1m": 1.25, "2m": 1.8, "3m": 3.2, "26m": 26, "104m": 104, "0.5b": 510}
 
 
 def hf_config(shape: ModelShape, vocab_size: int) -> PreTrainedConfig:
@@ -44,7 +44,7 @@ def test_num_parameters_knows_every_architecture_and_an_untied_head(architecture
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_has_the_size_that_its_name_says(name: str) -> None:
     size = name.rsplit("-", 1)[-1]
-    vocab_size = 320 if size in ("nano", "1m", "2m", "3m") else 6400
+    vocab_size = 320 if size in ("nano", "0.4m", "1m", "2m", "3m") else 6400
     assert PRESETS[name].num_parameters(vocab_size) / 1e6 == pytest.approx(NOMINAL_MILLIONS[size], rel=0.02)
 
 

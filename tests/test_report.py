@@ -138,3 +138,18 @@ def test_a_directory_without_a_run_is_refused_in_one_sentence(tmp_path, capsys):
 def test_it_runs_as_a_module(run):
     done = subprocess.run([sys.executable, "-m", "minigpt_ray.report", str(run)], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True)
     assert done.stdout.strip() == str(run / "report.html")
+
+
+def test_curves_of_several_runs_are_a_plot_and_a_table(run, tmp_path, capsys):
+    other = tmp_path / "second"
+    (other / "ppo").mkdir(parents=True)
+    (other / "ppo" / "metrics.jsonl").write_text('{"step": 0, "eval/accuracy": 0.1}\n')
+    main(["--curves", str(tmp_path / "curves.svg"), str(run), str(other)])
+    assert capsys.readouterr().out.splitlines() == [
+        "| step | demo | second |",
+        "| ---: | ---: | ---: |",
+        "| 0 | 40.0% / 30.0% | 10.0% |",
+        "| 25 | 52.5% / 30.0% |  |",
+        "| 50 | 65.0% / 30.0% |  |",
+    ]
+    assert (tmp_path / "curves.svg").read_text().startswith("<svg")

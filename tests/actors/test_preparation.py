@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from actors.preparation import MAY_DIFFER_ON_RESUME, Preparation, refuse_differences
+from actors.weights import PROBE_LENGTH
 from minigpt_ray.checkpoint import Checkpoints
 from minigpt_ray.cli import read_config, resolved, write_resolved
 from minigpt_ray.config import PPOConfig
@@ -44,6 +45,13 @@ def test_a_finished_stage_and_its_data_are_found(config: Callable[..., PPOConfig
     assert ready.start is None
     assert list(ready.roles) == ["generator", "policy", "critic", "reference", "rewards"]
     assert ready.shapes.policy == ready.shapes.critic == ready.shapes.reference and ready.shapes.vocab_size == 260
+
+
+def test_the_generator_has_room_for_the_probe_however_short_the_texts(config: Callable[..., PPOConfig], run: Path) -> None:
+    write_rows(run / "prepare_data" / "prompts.jsonl", [{"prompt": "?", "answer": "1"}])
+    write_rows(run / "prepare_data" / "held_out.jsonl", [{"prompt": "!", "answer": "1"}])
+    ready = Preparation(config("sampling.max_tokens=1", "evaluation.sampling.max_tokens=1"))
+    assert ready.max_model_len == PROBE_LENGTH + 1
 
 
 def test_nothing_is_written_before_the_tracker_opens(config: Callable[..., PPOConfig], run: Path) -> None:
