@@ -42,7 +42,7 @@ class Training:
 
     def _restore(self, checkpoint: Path | None) -> None:
         """Learners, state and prompts as they were at a checkpoint, or at the beginning; the generator gets the policy's weights."""
-        self.state = TrainingState(0, prompts_drawn=0, epoch=1, num_tokens_generated=0, kl_coef=self.config.algorithm.kl_coef, skipped_updates=0)
+        self.state = TrainingState(0, prompts_drawn=0, epoch=1, num_tokens_generated=0, kl_coef=self.config.algorithm.kl_coef)
         if checkpoint is not None:
             self.state = TrainingState(**self.ready.checkpoints.load_state(checkpoint))
             gather(self.policy.load(checkpoint), self.critic.load(checkpoint)).result()

@@ -198,8 +198,6 @@ class TrainingState:
     """Response tokens, cumulative."""
     kl_coef: float
     """Weight of the KL in the next step."""
-    skipped_updates: int
-    """Updates refused because a loss or gradient was not finite, cumulative."""
     reward_count: int = 0
     """Rewards that the running normalisation has seen; it is over all of them."""
     reward_mean: float = 0.0

@@ -10,7 +10,7 @@ from minigpt_ray.rl.experience import RewardScores, RolloutBatch, Scores, Traini
 from minigpt_ray.rl.step import make_experience
 
 NAN = float("nan")
-STATE = TrainingState(step=4, prompts_drawn=20, epoch=1, num_tokens_generated=100, kl_coef=0.1, skipped_updates=0)
+STATE = TrainingState(step=4, prompts_drawn=20, epoch=1, num_tokens_generated=100, kl_coef=0.1)
 PLAIN = AlgorithmConfig(gae_lambda=1.0, whiten_advantages=False)
 
 # Four rollouts with a prompt of one token: finished, truncated, without a score, dropped.
