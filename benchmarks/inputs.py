@@ -50,7 +50,7 @@ def endless(tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int]) -> PreTr
     """
     model = build_causal(PRESET, tokenizer, seed=0)
     with torch.no_grad():
-        rows = model.get_input_embeddings().weight
+        rows = model.get_parameter("model.embed_tokens.weight")
         rows[:, 0] = 2.0
         rows[[tokenizer.eos_token_id, tokenizer.pad_token_id], 0] = -2.0
     return model
@@ -63,8 +63,9 @@ def countdown(tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], steps:
     pairs of neighbours. In the end logits are made twice as large, so that hardly a response leaves the count.
     """
     model = build_causal(PRESET, tokenizer, seed=0)
-    for layer in model.base_model.layers:
-        torch.nn.init.zeros_(layer.self_attn.o_proj.weight).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name.endswith("o_proj.weight"):
+            torch.nn.init.zeros_(parameter).requires_grad_(False)
     ids = torch.tensor([tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(word(n)) for n in range(1, max(lengths) + 1))])
     pairs = torch.stack([ids[1:], ids[:-1]], dim=1)
     mask = torch.tensor([False, True]).expand(pairs.shape)
@@ -75,7 +76,7 @@ def countdown(tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], steps:
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        model.base_model.norm.weight.mul_(2.0)
+        model.get_parameter("model.norm.weight").mul_(2.0)
         print(f"a policy that counts down: {language_model_loss(learner(pairs, mask)[0], mask, len(pairs)):.1e} nats a token", flush=True)
     return model
 
