@@ -279,7 +279,6 @@ def write_curves(run_dirs: Sequence[Path], path: Path) -> str:
     Raises FileNotFoundError for a run whose PPO has evaluated nothing.
     """
     figure, axes = _figure()
-    figure.set_size_inches(6.4, 4.2)
     table: dict[int, dict[str, str]] = {}
     for run_dir, color in zip(run_dirs, itertools.cycle(COLORS), strict=False):
         rows = read_metrics(run_dir / "ppo" / "metrics.jsonl")
@@ -292,7 +291,7 @@ def write_curves(run_dirs: Sequence[Path], path: Path) -> str:
         for step, value in zip(steps, greedy, strict=True):
             table.setdefault(int(step), {})[run_dir.name] = f"{value:.1%} / {by_step[step]:.1%}" if step in by_step else f"{value:.1%}"
     axes.set_xlabel("PPO step")
-    axes.set_title("Held-out exact match", fontsize=9, pad=12 + 16 * len(run_dirs))
+    axes.set_title("Held-out exact match", fontsize=9, pad=50)
     _legend(axes, columns=2)
     path.write_text(_svg(figure, path.stem), encoding="utf-8")
     names = [run_dir.name for run_dir in run_dirs]
