@@ -39,7 +39,7 @@ def test_the_assistants_words_and_its_end_token_are_learnt_and_nothing_else(toke
 
 
 def test_a_row_without_an_answer_is_refused_with_its_place(tokenizer):
-    with pytest.raises(DataError, match=r"test\.jsonl:1: .*assistant"):
+    with pytest.raises(DataError, match=r"test\.jsonl:1: the row ends with the user, so there is no answer to learn"):
         encode_demonstration(tokenizer, Row(({"role": "user", "content": "hello"},), "test", None, "test.jsonl:1"))
 
 
