@@ -26,13 +26,13 @@ lint: setup ## ruff and mypy
 unit: setup ## pytest
 	.venv/bin/pytest
 
-demo: setup ## prepare, SFT, PPO, evaluate, in about a quarter of an hour on two cores (RUN=demo SEED=0); goes on where it was stopped
+demo: setup ## prepare, SFT, PPO, evaluate, in less than ten minutes on two cores (RUN=demo SEED=0); goes on where it was stopped
 	$(JOB).prepare_data configs/demo/prepare_data.yaml run=$(RUN) seed=$(SEED)
 	$(JOB).sft configs/demo/sft.yaml run=$(RUN) seed=$(SEED)
 	$(JOB).ppo configs/demo/ppo.yaml run=$(RUN) seed=$(SEED)
 	$(JOB).evaluate configs/demo/evaluate.yaml run=$(RUN) seed=$(SEED)
 
-bench: ## speed and memory of PPO against TRL, in about a quarter of an hour on two quiet cores (BENCH="--rounds 1 --steps 2")
+bench: ## speed and memory of PPO against TRL on quiet cores (BENCH="--rounds 1 --steps 2")
 	@$(PYTHON) requirements/install.py --bench
 	.venv/bin/python -m benchmarks.ppo_vs_trl $(BENCH)
 
