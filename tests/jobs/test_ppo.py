@@ -39,6 +39,9 @@ def lower_case(rollouts):
     return [sum("a" <= c <= "z" for c in r.text) / 16 for r in rollouts]
 '''
 
+ONE_PROCESS = "placement.colocate=[[policy, critic, reference, rewards]]"
+"""Starts in half the time; the numbers are the same."""
+
 LINE = re.compile(
     r"Epoch:\[1/1\]\((\d)/(\d)\) actor_loss:-?\d+\.\d{4} critic_loss:\d+\.\d{4} reward:-?\d+\.\d{4} kl:-?\d+\.\d{4} grad_norm_actor:\d+\.\d{4} "
     r"tokens/s:\d+ MFU:\d+\.\d{2}% epoch_Time:\d+min"
@@ -105,7 +108,8 @@ def whole(home: Path) -> Finished:
 @pytest.fixture(scope="module")
 def interrupted(home: Path) -> Interrupted:
     """Killed in the middle of step 4, of which the last checkpoint knows two; gone on with and asked to end after step 3; gone on
-    with and killed while it saves step 4; then gone on with to the end, with a step more."""
+    with and killed while it saves step 4; then gone on with to the end, with a step more. Its roles share a process, as those of
+    `whole` do not."""
     directory = home / "killed" / "ppo"
     checkpoints = Checkpoints(directory / "checkpoint", keep=2)
 
@@ -123,12 +127,12 @@ def interrupted(home: Path) -> Interrupted:
     after_term = checkpoints.steps()
     stop(home, "killed", step_4_is_being_saved, signal.SIGKILL)
     after_save = checkpoints.steps()
-    return Interrupted(ppo(home, "killed", "checkpoint.resume=auto", "steps=5"), code, after_kill, after_term, after_save)
+    return Interrupted(ppo(home, "killed", ONE_PROCESS, "checkpoint.resume=auto", "steps=5"), code, after_kill, after_term, after_save)
 
 
 def stop(home: Path, run: str, when: Callable[[], bool], number: signal.Signals) -> int:
     """Start or go on, send a signal, return the exit code."""
-    process = subprocess.Popen(command(home, f"run={run}"), cwd=CHECKOUT, env=environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(home, f"run={run}", ONE_PROCESS), cwd=CHECKOUT, env=environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for(process, when)
         process.send_signal(number)
@@ -363,7 +367,7 @@ GROUPS = (
 @pytest.fixture(scope="module")
 def critic_free(home: Path) -> Finished:
     """Two steps, then resumed for a third. No machine of the tests has the GPU that a critic would ask for."""
-    options = [*GROUPS, "placement.critic.gpus=1", "evaluation.every=9", "evaluation.num_prompts=4"]
+    options = [*GROUPS, "placement.colocate=[[policy, reference, rewards]]", "placement.critic.gpus=1", "evaluation.every=9", "evaluation.num_prompts=4"]
     ppo(home, "critic_free", *options, "steps=2")
     return ppo(home, "critic_free", *options, "steps=3")
 
