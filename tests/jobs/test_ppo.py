@@ -132,7 +132,9 @@ def interrupted(home: Path) -> Interrupted:
 
 def stop(home: Path, run: str, when: Callable[[], bool], number: signal.Signals) -> int:
     """Start or go on, send a signal, return the exit code."""
-    process = subprocess.Popen(command(home, f"run={run}", ONE_PROCESS), cwd=CHECKOUT, env=environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(home, f"run={run}", ONE_PROCESS), cwd=CHECKOUT, env=environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         wait_for(process, when)
         process.send_signal(number)

@@ -1,0 +1,65 @@
+"""Configuration: one frozen pydantic tree per job, from YAML files and dotted overrides.
+
+    python -m jobs.ppo configs/ppo.yaml configs/mine.yaml policy.optimizer.lr=1e-6
+
+Files are merged left to right, overrides come last. A default stands on its field and nowhere else. This package
+imports neither torch nor ray, so that a mistake in a config is refused in well under a second.
+"""
+
+from minigpt_ray.config.algorithm import AlgorithmConfig
+from minigpt_ray.config.base import (
+    CheckpointConfig,
+    Config,
+    EngineConfig,
+    JobConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    PromptsConfig,
+    SamplingConfig,
+    refuse_plain_bfloat16,
+)
+from minigpt_ray.config.data import PrepareConfig, TaskConfig, TokenizerConfig
+from minigpt_ray.config.evaluate import EvaluateConfig, ServeRewardConfig
+from minigpt_ray.config.placement import GeneratorPlacement, PlacementConfig, RolePlacement
+from minigpt_ray.config.ppo import EvaluationConfig, PPOConfig
+from minigpt_ray.config.rewards import AnyReward, CalledReward, FunctionReward, HttpReward, ModelReward, RewardSource, VerifierReward
+from minigpt_ray.config.roles import CriticConfig, GeneratorConfig, LearnerConfig, PolicyConfig, ReferenceConfig, WeightsConfig
+from minigpt_ray.config.supervised import ModelConfig, SFTConfig
+
+__all__ = [
+    "AlgorithmConfig",
+    "AnyReward",
+    "CalledReward",
+    "CheckpointConfig",
+    "Config",
+    "CriticConfig",
+    "EngineConfig",
+    "EvaluateConfig",
+    "EvaluationConfig",
+    "FunctionReward",
+    "GeneratorConfig",
+    "GeneratorPlacement",
+    "HttpReward",
+    "JobConfig",
+    "LearnerConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "ModelReward",
+    "OptimizerConfig",
+    "PPOConfig",
+    "PlacementConfig",
+    "PolicyConfig",
+    "PrepareConfig",
+    "PromptsConfig",
+    "ReferenceConfig",
+    "RewardSource",
+    "RolePlacement",
+    "SFTConfig",
+    "SamplingConfig",
+    "ServeRewardConfig",
+    "TaskConfig",
+    "TokenizerConfig",
+    "VerifierReward",
+    "WeightsConfig",
+    "refuse_plain_bfloat16",
+]

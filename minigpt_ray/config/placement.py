@@ -1,0 +1,90 @@
+"""How many processes each role has, of what size, and who shares them."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from minigpt_ray.config.base import Config
+
+
+class RolePlacement(Config):
+    """Processes of one role."""
+
+    ranks: PositiveInt = 1
+    """Processes (for the generator: workers)."""
+    cpus: PositiveInt = 1
+    """CPUs, and compute threads, of one rank."""
+    gpus: float = Field(default=0, ge=0)
+    """GPUs of one rank; a fraction shares a GPU. More than one is for the generator's tensor parallel alone."""
+
+
+class GeneratorPlacement(RolePlacement):
+    """Processes of the generator."""
+
+    tensor_parallel: PositiveInt = 1
+    """GPUs over which one worker's model is split."""
+
+    @model_validator(mode="after")
+    def _a_gpu_for_each_part(self) -> "GeneratorPlacement":
+        if self.gpus != self.tensor_parallel and max(self.gpus, self.tensor_parallel) > 1:
+            raise ValueError(
+                f"gpus={self.gpus:g} does not give every part of tensor_parallel={self.tensor_parallel} one whole GPU; set gpus={self.tensor_parallel} or change tensor_parallel"
+            )
+        return self
+
+
+class PlacementConfig(Config):
+    """Who runs where."""
+
+    address: str | None = None
+    """Ray cluster to join; none: the one this job was submitted to, else a fresh local one."""
+    strategy: Literal["pack", "spread"] = "pack"
+    """Prefer few nodes or many."""
+    generator: GeneratorPlacement = GeneratorPlacement()
+    """Generator workers."""
+    policy: RolePlacement = RolePlacement()
+    """Policy ranks."""
+    critic: RolePlacement = RolePlacement()
+    """Critic ranks."""
+    reference: RolePlacement = RolePlacement()
+    """Reference ranks."""
+    reward_model: RolePlacement = RolePlacement()
+    """Ranks of each reward model."""
+    colocate: tuple[tuple[str, ...], ...] = ()
+    """Sets of roles that share processes, for example `[[policy, reference], [critic, reward_model, rewards]]`: rank i of each lives in one process, which has the CPUs and GPUs of the set's first role. They compute in turn, and libraries, contexts and memory are paid once. The generator has processes of its own."""
+
+    def home(self, role: str) -> str:
+        """The role whose processes `role` lives in: the first of its set, or its own."""
+        kind = "reward_model" if role.startswith("reward_model_") else role
+        return next((shared[0] for shared in self.colocate if kind in shared), role)
+
+    @model_validator(mode="after")
+    def _sets_that_can_be(self) -> "PlacementConfig":
+        listed = [name for shared in self.colocate for name in shared]
+        ranks = {name: getattr(self, name).ranks for name in ("policy", "critic", "reference", "reward_model")} | {"rewards": 1}
+        for name in listed:
+            if name not in ranks:
+                raise ValueError(f"colocate names {name!r}; use some of {', '.join(ranks)}")
+            if listed.count(name) > 1:
+                raise ValueError(f"colocate names {name} twice; a role lives in one place")
+        for shared in self.colocate:
+            if not shared or shared[0] not in ("policy", "critic", "reference"):
+                raise ValueError(f"colocate has the set [{', '.join(shared)}]; its first role gives the processes and must be policy, critic or reference")
+            for name in shared:
+                if ranks[name] != ranks[shared[0]]:
+                    raise ValueError(
+                        f"colocate puts {name} with {ranks[name]} ranks into the processes of {shared[0]} with {ranks[shared[0]]}; give both the same number"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _a_gpu_for_each_rank(self) -> "PlacementConfig":
+        for name in ("policy", "critic", "reference", "reward_model"):
+            role = getattr(self, name)
+            if role.gpus > 1:
+                raise ValueError(f"{name}.gpus={role.gpus:g}, but a rank computes on one GPU; set {name}.gpus=1 and raise {name}.ranks")
+            if name in ("policy", "critic") and role.ranks > 1 and 0 < role.gpus < 1:
+                raise ValueError(
+                    f"{name}.ranks={role.ranks} with {name}.gpus={role.gpus:g} may meet on one GPU, which NCCL refuses; set {name}.gpus=1 or {name}.ranks=1"
+                )
+        return self
