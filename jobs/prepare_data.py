@@ -80,7 +80,8 @@ def prepare(config: PrepareConfig) -> Path:
         console.print(f"{directory} is complete and was made by this config; nothing to do", soft_wrap=True)
         return directory
     tasks = {name: (task.weight, task.options) for name, task in config.tasks.items()}
-    sets = split(tasks, {name: getattr(config, name) for name in SETS}, config.seed)
+    easier = {("demonstrations", name): task.demonstration_options for name, task in config.tasks.items()}
+    sets = split(tasks, {name: getattr(config, name) for name in SETS}, config.seed, easier)
     for name in SETS:
         for entry in sets[name]:
             check_scores(entry)

@@ -12,6 +12,8 @@ class TaskConfig(Config):
     """Share of the mix, relative to the other tasks."""
     options: dict[str, int | float | str | bool | list[int] | list[str]] = {}
     """Arguments of the task's own configuration class."""
+    demonstration_options: dict[str, int | float | str | bool | list[int] | list[str]] = {}
+    """Arguments in which the demonstrations differ from `options`: easier questions, for example, so that PPO has what SFT does not teach."""
 
 
 class TokenizerConfig(Config):

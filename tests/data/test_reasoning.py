@@ -42,8 +42,17 @@ def test_sets_are_equally_hard() -> None:
     assert abs(digits[0] - digits[1]) < 0.15
 
 
+def test_a_set_may_have_easier_questions_of_its_own_and_shares_none() -> None:
+    easier = {("demonstrations", "spell_backward"): {"max_word_len": 5}}
+    sets = split({"spell_backward": (1.0, {"min_word_len": 3, "max_word_len": 9})}, SIZES, seed=0, differing=easier)
+    lengths = {name: [entry["metadata"]["word_len"] for entry in entries] for name, entries in sets.items()}
+    assert max(lengths["demonstrations"]) == 5 and max(lengths["prompts"]) == 9 and min(lengths["prompts"]) <= 5
+    questions = [content(entry) for entries in sets.values() for entry in entries]
+    assert len(set(questions)) == len(questions)
+
+
 def test_a_task_that_runs_out_is_named_with_what_it_gave() -> None:
-    with pytest.raises(DataError, match=r"tasks.chain_sum: 4000 draws gave (19\d|200) distinct questions, but the three sets need 300"):
+    with pytest.raises(DataError, match=r"tasks.chain_sum: 4000 draws gave (19\d|200) distinct questions, but the sets need 300"):
         distinct("chain_sum", SUMS, 300, seed=0)
 
 
