@@ -6,7 +6,6 @@ PYTHON ?= python3
 RUN ?= demo
 SEED ?= 0
 BENCH ?=
-JOB := .venv/bin/python -m jobs
 
 .PHONY: help setup demo test lint unit bench clean
 
@@ -27,10 +26,7 @@ unit: setup ## pytest
 	.venv/bin/pytest
 
 demo: setup ## prepare, SFT, PPO, evaluate, in less than ten minutes on two cores (RUN=demo SEED=0); goes on where it was stopped
-	$(JOB).prepare_data configs/demo/prepare_data.yaml run=$(RUN) seed=$(SEED)
-	$(JOB).sft configs/demo/sft.yaml run=$(RUN) seed=$(SEED)
-	$(JOB).ppo configs/demo/ppo.yaml run=$(RUN) seed=$(SEED)
-	$(JOB).evaluate configs/demo/evaluate.yaml run=$(RUN) seed=$(SEED)
+	.venv/bin/python -m jobs.pipeline configs/demo/pipeline.yaml run=$(RUN) seed=$(SEED)
 
 bench: ## speed and memory of PPO against TRL on quiet cores (BENCH="--rounds 1 --steps 2")
 	@$(PYTHON) requirements/install.py --bench

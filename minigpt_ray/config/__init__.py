@@ -20,6 +20,7 @@ from minigpt_ray.config.base import (
 )
 from minigpt_ray.config.data import PrepareConfig, TaskConfig, TokenizerConfig
 from minigpt_ray.config.evaluate import EvaluateConfig, ServeRewardConfig
+from minigpt_ray.config.pipeline import PipelineConfig, StageConfig
 from minigpt_ray.config.placement import GeneratorPlacement, PlacementConfig, RolePlacement
 from minigpt_ray.config.ppo import EvaluationConfig, PPOConfig
 from minigpt_ray.config.rewards import AnyReward, CalledReward, FunctionReward, HttpReward, ModelReward, RewardSource, VerifierReward
@@ -47,6 +48,7 @@ __all__ = [
     "ModelReward",
     "OptimizerConfig",
     "PPOConfig",
+    "PipelineConfig",
     "PlacementConfig",
     "PolicyConfig",
     "PrepareConfig",
@@ -57,6 +59,7 @@ __all__ = [
     "SFTConfig",
     "SamplingConfig",
     "ServeRewardConfig",
+    "StageConfig",
     "TaskConfig",
     "TokenizerConfig",
     "VerifierReward",

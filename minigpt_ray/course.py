@@ -1,0 +1,47 @@
+"""What became of the stages of a run: a table for the end of a pipeline."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from minigpt_ray.tracking import read_metrics
+
+HEADLINES = {
+    "validation/perplexity": "perplexity {:.2f}",
+    "validation/accuracy": "accuracy {:.1%} on held-out pairs",
+    "validation/margin": "margin {:.2f}",
+    "eval/accuracy": "exact match {:.1%}",
+    "eval/sampled_accuracy": "sampled {:.1%}",
+}
+"""Metric -> how its last value is told."""
+
+
+def course_table(run_dir: Path, fates: Mapping[str, str], seconds: Mapping[str, float]) -> Table:
+    """A row for each stage: what happened, how long it took, and what it came to."""
+    table = Table("stage", "", "time", "outcome")
+    for name, fate in fates.items():
+        took = seconds.get(name, 0.0)
+        table.add_row(name, fate, f"{took // 60:.0f} min {took % 60:.0f} s", outcome(run_dir / name))
+    return table
+
+
+def outcome(directory: Path) -> str:
+    """The last held-out numbers that a stage logged; for prepare_data the rows it wrote; for evaluate the accuracy of every model."""
+    if (results := directory / "results.json").exists():
+        return ", ".join(f"{model} {row['accuracy']:.1%}" for model, row in _read(results).items() if "accuracy" in row)
+    if (metrics := directory / "metrics.jsonl").exists():
+        last: dict[str, float] = {}
+        for row in read_metrics(metrics):
+            last |= row
+        return ", ".join(text.format(last[name]) for name, text in HEADLINES.items() if name in last)
+    if (manifest := directory / "manifest.json").exists():
+        return ", ".join(f"{sum(counts.values()):,} {name}" for name, counts in _read(manifest).get("counts", {}).items())
+    return ""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found

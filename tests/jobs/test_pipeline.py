@@ -1,0 +1,103 @@
+"""python -m jobs.pipeline: what runs, what is skipped, where it ends, and what a signal does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs.pipeline import call, plan
+from minigpt_ray.cli import ConfigError, read_config
+from minigpt_ray.config import PipelineConfig
+from minigpt_ray.course import outcome
+
+ROOT = Path(__file__).parents[2]
+SMALL = "stages.prepare_data.overrides=[demonstrations=30,prompts=40,held_out=10]"
+
+
+def pipeline(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jobs.pipeline", "configs/debug/pipeline.yaml", f"output_dir={home}", "run=r", SMALL, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"})
+
+
+def config(*arguments: str) -> PipelineConfig:
+    return read_config(PipelineConfig, [str(ROOT / "configs/debug/pipeline.yaml"), *arguments])
+
+
+def test_what_is_complete_is_skipped_until_its_configuration_changes(tmp_path: Path) -> None:
+    first, second = (pipeline(tmp_path, "only=[prepare_data]") for _ in range(2))
+    assert first.returncode == 0 and second.returncode == 0, first.stderr + second.stderr
+    assert "prepare_data │ ran" in first.stdout and "30 demonstrations, 40 prompts, 10 held_out" in first.stdout
+    assert "prepare_data │ complete before" in second.stdout and "(1 of 1)" not in second.stdout
+    third = pipeline(tmp_path, "only=[prepare_data]", "stages.prepare_data.overrides=[demonstrations=31,prompts=40,held_out=10]")
+    assert third.returncode == 1
+    assert "demonstrations: 30 then, 31 now" in third.stderr and third.stderr.endswith("prepare_data ended with code 1; the same command goes on from here\n")
+
+
+def test_the_first_stage_that_fails_ends_it_with_its_own_sentence_and_code(tmp_path: Path) -> None:
+    done = pipeline(tmp_path, "stages.sft.overrides=['files=[missing.jsonl]']")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    sentence, last = done.stderr.splitlines()
+    assert "no data file" in sentence and "missing.jsonl" in sentence
+    assert last == "sft ended with code 2; not begun: ppo, evaluate; the same command goes on from here"
+    assert json.loads((tmp_path / "r" / "pipeline.json").read_text()).keys() == {"prepare_data"}
+
+
+def test_a_mistake_in_a_later_stage_is_refused_before_the_first_begins(tmp_path: Path) -> None:
+    done = pipeline(tmp_path, "stages.ppo.overrides=[prompts_per_step=7]")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("stages.ppo: ") and "prompts_per_step=7" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stage_gets_the_pipelines_run_directory_and_seed() -> None:
+    (stage,) = plan(config("only=[ppo]", "run=mine", "seed=3", "output_dir=/shared", "stages.ppo.overrides=[steps=9]"))
+    assert stage.arguments[1:] == ("steps=9", "run=mine", "output_dir=/shared", "seed=3")
+    assert stage.command[1:3] == ["-m", "jobs.ppo"]
+    (other,) = plan(config("only=[ppo]", "run=mine", "seed=3", "output_dir=/shared", "stages.ppo.overrides=[steps=8]"))
+    assert stage.digest != other.digest
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("stages.spelling={}", "stages.spelling is no stage; use some of prepare_data, "),
+        ("only=[dpo,pretraining]", "which is not among the stages"),
+        ("stages={}", "stages is empty"),
+    ],
+)
+def test_what_is_no_stage_is_refused(override: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        config(override)
+
+
+def test_sigterm_reaches_the_stage_and_ends_the_pipeline_with_its_code(tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    program = "import signal, sys, time, pathlib\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\npathlib.Path(sys.argv[1]).touch()\ntime.sleep(60)"
+
+    def send() -> None:
+        while not begun.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=send).start()
+    with pytest.raises(SystemExit) as ended:
+        call([sys.executable, "-c", program, str(begun)])
+    assert ended.value.code == 7
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_stage_that_a_signal_ends_has_the_code_that_a_shell_gives() -> None:
+    assert call([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]) == 137
+
+
+def test_the_outcome_of_a_stage_is_its_last_held_out_numbers(tmp_path: Path) -> None:
+    rows = [{"step": 1, "validation/perplexity": 9.0}, {"step": 2, "train/loss": 1.0}, {"step": 2, "validation/perplexity": 3.0, "validation/accuracy": 0.875}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert outcome(tmp_path) == "perplexity 3.00, accuracy 87.5% on held-out pairs"
+    assert outcome(tmp_path / "none") == ""
