@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from minigpt_ray.config import SFTConfig
 from minigpt_ray.data.packing import pack
 from minigpt_ray.data.rows import DataError, Row
 from minigpt_ray.models import TokenLogprobs, build_causal
@@ -11,6 +12,7 @@ from minigpt_ray.stages import STAGES, Batch, encode_demonstration, next_token_l
 from minigpt_ray.tokenizer import END, train_tokenizer
 
 CPU = torch.device("cpu")
+SFT = SFTConfig()
 PAIRS = [("1+1=", "2"), ("What is the capital of France?", "Paris, of course."), ("ab", "ba"), ("repeat abc", "abc abc abc")]
 
 
@@ -66,7 +68,7 @@ def test_micro_batches_add_up_to_the_large_batch(model, examples):
     def gradient(parts):
         model.zero_grad()
         for part in parts:
-            next_token_loss(model, part, num_tokens)[0].backward()
+            next_token_loss(model, part, num_tokens, SFT)[0].backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     torch.testing.assert_close(gradient(batch.split(1)), gradient([batch]), atol=1e-6, rtol=1e-4)
@@ -74,7 +76,7 @@ def test_micro_batches_add_up_to_the_large_batch(model, examples):
 
 def test_the_loss_is_the_mean_over_learnt_tokens(model, examples):
     batch = Batch.of(pack(examples, 80), CPU)
-    loss, stats = next_token_loss(model, batch, int(batch.loss_mask.sum()))
+    loss, stats = next_token_loss(model, batch, int(batch.loss_mask.sum()), SFT)
     logprobs = model(batch.token_ids, batch.loss_mask, position_ids=batch.position_ids)[0]
     torch.testing.assert_close(loss, -logprobs[batch.loss_mask].mean())
     assert stats["loss"] == loss.detach()
@@ -87,7 +89,7 @@ def test_activation_checkpointing_changes_no_gradient(tokenizer, examples):
         model = TokenLogprobs(build_causal("nano", tokenizer, seed=0)).train()
         if recompute:
             model.model.gradient_checkpointing_enable({"use_reentrant": False})
-        next_token_loss(model, batch, 10)[0].backward()
+        next_token_loss(model, batch, 10, SFT)[0].backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(*gradients)
 

@@ -1,17 +1,22 @@
 """Windows are made once, by Ray Data, and say what is in them."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from actors.dataset import StoredWindows, choose_validation, describe, prepare_windows
+from actors.dataset import Files, StoredWindows, choose_validation, describe, prepare_windows
+from minigpt_ray.config import SFTConfig
 from minigpt_ray.data.packing import pack
 from minigpt_ray.data.rows import DataError
 from minigpt_ray.stages import STAGES
 from minigpt_ray.tokenizer import END, train_tokenizer
 
-SFT = STAGES["sft"]
+
+def prepare_sft(path, tokenizer, directory, **fields):
+    config = SFTConfig.model_validate({"window": 128, "validation_share": 0.0} | fields)
+    return prepare_windows(STAGES["sft"], config, Files((path,)), tokenizer, directory)
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +52,9 @@ def test_validation_rows_are_a_share_at_least_one_and_never_all():
 
 @pytest.mark.ray
 def test_every_row_is_in_one_window_of_one_part(ray_cluster, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("actors.dataset.BLOCK_ROWS", 7)
+    monkeypatch.setitem(STAGES, "sft", replace(STAGES["sft"], block_items=7))
     answers = [f"answer {i}" for i in range(30)]
-    directory = prepare_windows(SFT, [demonstrations(tmp_path / "a.jsonl", answers)], tokenizer, tmp_path / "windows", 128, 0.1, seed=0)
+    directory = prepare_sft(demonstrations(tmp_path / "a.jsonl", answers), tokenizer, tmp_path / "windows", validation_share=0.1)
     train, validation = (StoredWindows.load(directory / part) for part in ("train", "validation"))
     assert len(learnt(validation, tokenizer)) == 3
     assert sorted(learnt(train, tokenizer) + learnt(validation, tokenizer)) == sorted(answers)
@@ -61,7 +66,7 @@ def test_windows_are_made_again_only_when_what_they_are_made_from_changes(ray_cl
     path = demonstrations(tmp_path / "a.jsonl", ["one", "two", "three"])
 
     def prepare(window=128):
-        return prepare_windows(SFT, [path], tokenizer, tmp_path / "windows", window, 0.0, seed=0)
+        return prepare_sft(path, tokenizer, tmp_path / "windows", window=window)
 
     first = prepare()
     made = (first / "train" / "token_ids.npy").stat().st_mtime_ns
@@ -78,7 +83,7 @@ def test_windows_are_made_again_only_when_what_they_are_made_from_changes(ray_cl
 def test_a_row_longer_than_the_window_is_refused_with_its_place(ray_cluster, tokenizer, tmp_path):
     path = demonstrations(tmp_path / "a.jsonl", ["short", "long " * 40])
     with pytest.raises(DataError, match=r"a\.jsonl:2: \d+ tokens .* window=96; raise window"):
-        prepare_windows(SFT, [path], tokenizer, tmp_path / "windows", 96, 0.0, seed=0)
+        prepare_sft(path, tokenizer, tmp_path / "windows", window=96)
 
 
 @pytest.mark.ray
@@ -87,7 +92,7 @@ def test_a_separator_cuts_text_into_prompt_and_answer_and_is_part_of_what_window
     path.write_text("".join(json.dumps({"text": f"say {word} => {word}", "source": "words"}) + "\n" for word in ("one", "two")))
 
     def prepare(separator):
-        return prepare_windows(SFT, [path], tokenizer, tmp_path / "windows", 128, 0.0, seed=0, separator=separator)
+        return prepare_sft(path, tokenizer, tmp_path / "windows", separator=separator)
 
     first = prepare(" => ")
     assert learnt(StoredWindows.load(first / "train"), tokenizer) == ["one", "two"]

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from safetensors.numpy import load_file
 
-from actors.dataset import StoredWindows, describe
+from actors.dataset import Sources, StoredWindows, describe
 from actors.group import RankHost
 from actors.supervised import StageError, SupervisedRank, prepare
 from minigpt_ray.config import SFTConfig
@@ -21,8 +21,6 @@ from minigpt_ray.data.packing import pack
 from minigpt_ray.data.rows import read_rows
 from minigpt_ray.stages import STAGES, encode_demonstration
 from minigpt_ray.tokenizer import train_tokenizer
-
-SFT = STAGES["sft"]
 
 
 @pytest.fixture
@@ -43,37 +41,37 @@ def config(output_dir, **fields):
 
 
 def build(settings):
-    ready = prepare(settings, SFT)
+    ready = prepare(settings)
     tokenizer = train_tokenizer(["a"], 260)
-    examples = [encode_demonstration(tokenizer, row) for row in read_rows(ready.files)]
-    train, validation = (StoredWindows(**describe(pack(part, settings.window))) for part in (examples[4:], examples[:4]))
+    examples = [encode_demonstration(tokenizer, row) for row in read_rows(ready.sources[""].paths)]
+    train, validation = (Sources({"": StoredWindows(**describe(pack(part, settings.window)))}) for part in (examples[4:], examples[:4]))
     return SupervisedRank(ready, train, validation)
 
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(run):
     with pytest.raises(StageError, match=r"no tokenizer at .*; run python -m jobs\.prepare_data run=other"):
-        prepare(config(run, run="other"), SFT)
+        prepare(config(run, run="other"))
     (run / "r" / "prepare_data" / "demonstrations.jsonl").unlink()
     with pytest.raises(StageError, match=r"no data file .*demonstrations\.jsonl; run python -m jobs.prepare_data"):
-        prepare(config(run), SFT)
+        prepare(config(run))
     with pytest.raises(StageError, match=r"no data file .*mine\.jsonl; correct files"):
-        prepare(config(run, files=[run / "mine.jsonl"]), SFT)
+        prepare(config(run, files=[run / "mine.jsonl"]))
     with pytest.raises(FileNotFoundError, match="ppo"):
-        prepare(config(run, model={"init_from": "ppo"}), SFT)
+        prepare(config(run, model={"init_from": "ppo"}))
 
 
 def test_a_window_beyond_the_models_positions_is_refused(run):
     with pytest.raises(StageError, match="window=1024 is longer than the model's 512 positions"):
-        prepare(config(run, window=1024), SFT)
+        prepare(config(run, window=1024))
 
 
 def test_an_earlier_run_is_never_written_over(run):
     (run / "r" / "sft").mkdir()
-    assert prepare(config(run), SFT).start == 0
+    assert prepare(config(run)).start == 0
     (run / "r" / "sft" / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"metrics\.jsonl is there from an earlier run.*checkpoint.resume=auto"):
-        prepare(config(run), SFT)
-    assert prepare(config(run, checkpoint={"resume": "auto"}), SFT).start == 0
+        prepare(config(run))
+    assert prepare(config(run, checkpoint={"resume": "auto"})).start == 0
 
 
 @pytest.mark.slow
@@ -95,7 +93,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(run, alone):
     worker.export()
 
     with pytest.raises(ValueError, match=r"optimizer\.lr"):
-        prepare(config(run, checkpoint={"every": 2, "resume": "auto"}, optimizer={"lr": 1.0}), SFT)
+        prepare(config(run, checkpoint={"every": 2, "resume": "auto"}, optimizer={"lr": 1.0}))
     again = build(config(run, checkpoint={"every": 2, "resume": "auto"}))
     assert again.ready.start == again.restore() == 2
     assert {step: losses(rows) for step, rows in again.steps(2)} == {step: course[step] for step in (3, 4)}
@@ -127,8 +125,8 @@ def test_micro_batches_do_not_change_the_course(run, alone):
     assert courses[0] == pytest.approx(courses[1], rel=1e-4)
 
 
-def not_finite(model, batch, num_tokens):
-    loss, stats = SFT.loss(model, batch, num_tokens)
+def not_finite(model, batch, count, config):
+    loss, stats = STAGES["sft"].loss(model, batch, count, config)
     return loss * math.nan, stats
 
 
@@ -140,7 +138,7 @@ def test_a_batch_whose_loss_is_not_finite_is_saved(run, alone):
         next(worker.steps(0))
     found = load_file(saved)
     for name in ("token_ids", "loss_mask", "position_ids"):
-        assert np.array_equal(found[name], getattr(worker.windows, name)[found["windows"]])
+        assert np.array_equal(found[name], getattr(worker.windows.parts[""], name)[found["windows"]])
     assert len(found["windows"]) == 4
 
 
