@@ -69,10 +69,16 @@ class StoredWindows:
     def load(cls, directory: Path) -> "StoredWindows":
         """Open, without reading, what prepare_windows stored."""
         numbers = {path.stem: np.load(path, mmap_mode="r") for path in sorted((directory / NUMBERS).glob("*.npy"))}
-        return cls(*(np.load(directory / f"{name}.npy", mmap_mode="r") for name in COLUMNS), numbers=numbers)
+        columns: dict[str, Any] = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in COLUMNS}
+        return cls(**columns, numbers=numbers)
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def columns(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Name, below the directory, and content of every column."""
+        yield from ((name, getattr(self, name)) for name in COLUMNS)
+        yield from ((f"{NUMBERS}/{name}", column) for name, column in self.numbers.items())
 
     def take(self, rows: Int64[np.ndarray, "R"]) -> Windows:
         numbers = {name: column[rows] for name, column in self.numbers.items()}
@@ -106,14 +112,17 @@ class Sources:
 
     def take(self, rows: Int64[np.ndarray, "R"]) -> Windows:
         found = [(places, self.parts[name].take(inner)) for name, places, inner in self.locate(rows)]
-        order = np.argsort(np.concatenate([places for places, _ in found]))
+        order, parts = np.argsort(np.concatenate([places for places, _ in found])), [part for _, part in found]
 
-        def joined(columns: Sequence[np.ndarray]) -> np.ndarray:
-            return np.concatenate(columns)[order]
+        def joined(columns: Iterable[np.ndarray]) -> np.ndarray:
+            return np.concatenate(list(columns))[order]
 
-        windows = [part for _, part in found]
-        columns = (joined([getattr(part, name) for part in windows]) for name in ("token_ids", "loss_mask", "position_ids"))
-        return Windows(*columns, numbers={name: joined([part.numbers[name] for part in windows]) for name in windows[0].numbers})
+        return Windows(
+            token_ids=joined(part.token_ids for part in parts),
+            loss_mask=joined(part.loss_mask for part in parts),
+            position_ids=joined(part.position_ids for part in parts),
+            numbers={name: joined(part.numbers[name] for part in parts) for name in parts[0].numbers},
+        )
 
     def count(self, column: str, rows: Int64[np.ndarray, "R"] | None = None) -> dict[str, int]:
         """Sum of a `num_...` column over the rows, or over all, by source; those without a row are left out."""
@@ -185,8 +194,8 @@ def choose_validation(num_rows: int, share: float, seed: int) -> set[int]:
     return {int(i) for i in np.random.default_rng([seed, 1]).permutation(num_rows)[:count]}
 
 
-def tokenise_and_pack(stage: Stage, config: SupervisedConfig, items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, np.ndarray]]:
-    """Columns of windows of these items, block by block in their order, made on all CPUs of the cluster a few blocks ahead."""
+def tokenise_and_pack(stage: Stage, config: SupervisedConfig, items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> Iterator[StoredWindows]:
+    """Windows of these items, block by block in their order, made on all CPUs of the cluster a few blocks ahead."""
     yield describe(pack_groups([], config.window))  # the columns' types, also where there are no items
     # Pickled: Arrow would take items and ragged arrays apart.
     blocks = [{"items": pickle.dumps(items[i : i + stage.block_items])} for i in range(0, len(items), stage.block_items)]
@@ -202,14 +211,14 @@ def tokenise_and_pack(stage: Stage, config: SupervisedConfig, items: Sequence[It
         return {"packed": pickle.dumps(_pack_block(stage, config, pickle.loads(block["items"]), ray.get(shared)))}
 
     for result in ray.data.from_items(blocks, override_num_blocks=len(blocks)).map(pack_block).iter_rows():
-        columns = pickle.loads(result["packed"])
-        if isinstance(columns, DataError):
-            raise columns
-        yield columns
+        packed = pickle.loads(result["packed"])
+        if isinstance(packed, DataError):
+            raise packed
+        yield packed
 
 
-def _pack_block(stage: Stage, config: SupervisedConfig, items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> dict[str, np.ndarray] | DataError:
-    """One block's columns, or what is wrong with its first unusable item: raised here, it would arrive wrapped in a page of frames."""
+def _pack_block(stage: Stage, config: SupervisedConfig, items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> StoredWindows | DataError:
+    """One block, or what is wrong with its first unusable item: raised here, it would arrive wrapped in a page of frames."""
     groups = []
     try:
         for item in items:
@@ -222,32 +231,32 @@ def _pack_block(stage: Stage, config: SupervisedConfig, items: Sequence[Item], t
     return describe(pack_groups(groups, config.window), stage.segments)
 
 
-def describe(windows: Windows, segments: int = 1) -> dict[str, np.ndarray]:
-    """Windows and their counts, as the columns of StoredWindows, when an example is so many segments.
+def describe(windows: Windows, segments: int = 1) -> StoredWindows:
+    """Windows and their counts, when an example is so many segments.
 
     Assumes that the last token of every segment is learnt, so that padding is what follows the last learnt token.
     """
     size = windows.token_ids.shape[1]
     ends = np.where(windows.loss_mask.any(1), size - windows.loss_mask[:, ::-1].argmax(1), 0)
     used = np.arange(size) < ends[:, None]
-    return {
-        "token_ids": windows.token_ids,
-        "loss_mask": windows.loss_mask,
-        "position_ids": windows.position_ids,
-        "num_tokens": ends.astype(np.int64),
-        "num_loss_tokens": windows.loss_mask.sum(1, dtype=np.int64),
-        "num_pairs": np.where(used, windows.position_ids + 1, 0).sum(1, dtype=np.int64),
-        "num_examples": (used & (windows.position_ids == 0)).sum(1, dtype=np.int64) // segments,
-        **{f"{NUMBERS}/{name}": column for name, column in windows.numbers.items()},
-    }
+    return StoredWindows(
+        token_ids=windows.token_ids,
+        loss_mask=windows.loss_mask,
+        position_ids=windows.position_ids,
+        num_tokens=ends.astype(np.int64),
+        num_loss_tokens=windows.loss_mask.sum(1, dtype=np.int64),
+        num_pairs=np.where(used, windows.position_ids + 1, 0).sum(1, dtype=np.int64),
+        num_examples=(used & (windows.position_ids == 0)).sum(1, dtype=np.int64) // segments,
+        numbers=windows.numbers,
+    )
 
 
-def store(directory: Path, blocks: Iterable[Mapping[str, np.ndarray]]) -> None:
-    """Write columns that come block by block, each into one .npy file, holding no more than a block."""
+def store(directory: Path, blocks: Iterable[StoredWindows]) -> None:
+    """Write windows that come block by block, each column into one .npy file, holding no more than a block."""
     with ExitStack() as stack:
         columns: dict[str, Column] = {}
         for block in blocks:
-            for name, array in block.items():
+            for name, array in block.columns():
                 if name not in columns:
                     columns[name] = stack.enter_context(Column(directory / f"{name}.npy"))
                 columns[name].append(array)

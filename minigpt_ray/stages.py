@@ -43,14 +43,17 @@ class Batch:
 
     @classmethod
     def of(cls, windows: Windows, device: torch.device) -> "Batch":
-        tensors = (torch.from_numpy(array).to(device) for array in (windows.token_ids, windows.loss_mask, windows.position_ids))
-        return cls(*tensors, numbers={name: torch.from_numpy(array).to(device) for name, array in windows.numbers.items()})
+        def tensor(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        numbers = {name: tensor(array) for name, array in windows.numbers.items()}
+        return cls(tensor(windows.token_ids), tensor(windows.loss_mask), tensor(windows.position_ids), numbers)
 
     def split(self, rows: int) -> list["Batch"]:
         """Micro-batches of at most `rows` windows."""
         parts = zip(self.token_ids.split(rows), self.loss_mask.split(rows), self.position_ids.split(rows), strict=True)
         numbers = {name: tensor.split(rows) for name, tensor in self.numbers.items()}
-        return [Batch(*part, numbers={name: tensors[index] for name, tensors in numbers.items()}) for index, part in enumerate(parts)]
+        return [Batch(*part, {name: tensors[i] for name, tensors in numbers.items()}) for i, part in enumerate(parts)]
 
 
 class Item(Protocol):
@@ -218,11 +221,11 @@ def ranking_loss(model: nn.Module, batch: Batch, num_pairs: int, config: RewardM
     return _mean_over_pairs(log_odds_loss(chosen - rejected - margin * config.use_margin), compared(chosen, rejected) | rewards, num_pairs)
 
 
-def compared(chosen: Float[Tensor, "P"], rejected: Float[Tensor, "P"]) -> Stats:
+def compared(chosen: Float[Tensor, "P"], rejected: Float[Tensor, "P"]) -> dict[str, Float[Tensor, "P"]]:
     return {"chosen_reward": chosen, "rejected_reward": rejected, "margin": chosen - rejected, "accuracy": (chosen > rejected).float()}
 
 
-def _mean_over_pairs(losses: Float[Tensor, "P"], stats: dict[str, Tensor], num_pairs: int) -> tuple[Float[Tensor, ""], Stats]:
+def _mean_over_pairs(losses: Float[Tensor, "P"], stats: dict[str, Float[Tensor, "P"]], num_pairs: int) -> tuple[Float[Tensor, ""], Stats]:
     loss = losses.sum() / num_pairs
     return loss, {"loss": loss.detach()} | {name: values.detach().sum() / num_pairs for name, values in stats.items()}
 

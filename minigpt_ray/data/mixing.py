@@ -1,7 +1,7 @@
-"""Which window a step reads when there are several sources: drawn by weight when it is read, and never by what was read before.
+"""Which windows a step reads when there are several sources: each is drawn by the weights of that moment, seeded by (seed, step).
 
 Windows of all sources are numbered through. Within its source a window comes in the order of an endless reading in epochs, so
-that none is read twice before all are.
+that none is read twice before all are; where a source stands is found by repeating the draws of the steps before.
 """
 
 from collections.abc import Callable, Sequence

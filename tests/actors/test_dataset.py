@@ -39,8 +39,8 @@ def learnt(windows, tokenizer):
 def test_counts_by_hand():
     examples = [(np.array([5, 6, 7], np.int32), np.array([False, True, True])), (np.array([8, 9], np.int32), np.array([False, True]))]
     counts = describe(pack(examples, 8))
-    assert [counts[name].tolist() for name in ("num_tokens", "num_loss_tokens", "num_pairs", "num_examples")] == [[5], [3], [1 + 2 + 3 + 1 + 2], [2]]
-    assert len(describe(pack([], 8))["num_tokens"]) == 0
+    assert [getattr(counts, name).tolist() for name in ("num_tokens", "num_loss_tokens", "num_pairs", "num_examples")] == [[5], [3], [1 + 2 + 3 + 1 + 2], [2]]
+    assert len(describe(pack([], 8))) == 0
 
 
 def test_validation_rows_are_a_share_at_least_one_and_never_all():
