@@ -94,6 +94,11 @@ class Sources:
 
     parts: Mapping[str, StoredWindows]
 
+    @classmethod
+    def load(cls, stored: Mapping[str, Path], part: str) -> "Sources":
+        """Open the part `train` or `validation` of what prepare_windows stored for each source."""
+        return cls({name: StoredWindows.load(directory / part) for name, directory in stored.items()})
+
     def __len__(self) -> int:
         return sum(self.sizes)
 

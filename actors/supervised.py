@@ -30,7 +30,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from transformers import PreTrainedModel
 
-from actors.dataset import Files, Sources, StoredWindows, prepare_windows
+from actors.dataset import Files, Sources, prepare_windows
 from actors.engine import Engine, all_reduce_sum
 from actors.placement import connect, environment, preflight
 from actors.preparation import MAY_DIFFER_ON_RESUME, find_start
@@ -231,7 +231,7 @@ def fit(ready: Ready) -> Path:
     preflight({stage.name: RolePlacement(ranks=config.num_workers, cpus=config.cpus_per_worker, gpus=config.gpus_per_worker)})
     tokenizer = load_tokenizer(ready.tokenizer)
     stored = {name: prepare_windows(stage, config, files, tokenizer, ready.directory / "windows") for name, files in ready.sources.items()}
-    windows = load(stored, "train")
+    windows = Sources.load(stored, "train")
     for name, size in zip(stored, windows.sizes, strict=True):
         if not size:
             raise StageError(f"{'mix.' + name if name else 'files'}: no document or answer is long enough to learn from; give more data or remove the source")
@@ -271,11 +271,6 @@ class _Trainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, PlacementGroupCleanerCallback)]  # type: ignore[misc]
-
-
-def load(stored: Mapping[str, Path], part: str) -> Sources:
-    """The windows of all sources, of the part `train` or `validation`."""
-    return Sources({name: StoredWindows.load(directory / part) for name, directory in stored.items()})
 
 
 def _trainer(ready: Ready, stored: Mapping[str, Path], mailbox: Any) -> TorchTrainer:
@@ -329,7 +324,7 @@ def train(given: dict[str, Any]) -> None:
     """What every Ray Train worker runs; rank 0 is the one that sends."""
     ready: Ready = given["ready"]
     sender = Sender(given["mailbox"]) if dist.get_rank() == 0 else None
-    torch.set_num_threads(ready.config.cpus_per_worker)
+    settle_in(ready.config)
     worker = SupervisedRank(ready, read(ready, given["stored"], "train"), read(ready, given["stored"], "validation"))
     start = worker.restore()
     if sender:
@@ -354,9 +349,17 @@ def train(given: dict[str, Any]) -> None:
         sender.settle()
 
 
+def settle_in(config: SupervisedConfig) -> None:
+    """Threads, and the GPU where there are some, of this process."""
+    torch.set_num_threads(config.cpus_per_worker)
+    os.environ |= {"LOCAL_SIZE": os.environ.get("LOCAL_WORLD_SIZE", "1")}  # DeepSpeed asks for it
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
 def read(ready: Ready, stored: Mapping[str, Path], part: str) -> Sources:
     """The windows of all sources with all that the loss asks for. Collective."""
-    windows = load(stored, part)
+    windows = Sources.load(stored, part)
     if ready.reference is None:
         return windows
     return Sources(with_reference(windows.parts, {name: directory / part for name, directory in stored.items()}, ready.reference, ready.config))
@@ -367,11 +370,7 @@ class SupervisedRank:
 
     def __init__(self, ready: Ready, windows: Sources, validation: Sources) -> None:
         config = ready.config
-        torch.set_num_threads(config.cpus_per_worker)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        os.environ |= {"LOCAL_SIZE": os.environ.get("LOCAL_WORLD_SIZE", "1")}  # DeepSpeed asks for it
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         self.ready, self.config, self.stage = ready, config, ready.stage
         self.windows, self.validation = windows, validation
         self.tokenizer = load_tokenizer(ready.tokenizer)

@@ -1,17 +1,18 @@
 """Windows are made once, by Ray Data, and say what is in them."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from actors.dataset import Files, StoredWindows, choose_validation, describe, prepare_windows
-from minigpt_ray.config import SFTConfig
+from minigpt_ray.config import PretrainConfig, RewardModelConfig, SFTConfig
 from minigpt_ray.data.packing import pack
 from minigpt_ray.data.rows import DataError
 from minigpt_ray.stages import STAGES
-from minigpt_ray.tokenizer import END, train_tokenizer
+from minigpt_ray.tokenizer import END, encode_document, train_tokenizer
 
 
 def prepare_sft(path, tokenizer, directory, **fields):
@@ -104,3 +105,64 @@ def test_a_separator_cuts_text_into_prompt_and_answer_and_is_part_of_what_window
     path.write_text(path.read_text() + json.dumps({"text": "say three", "source": "words"}) + "\n")
     with pytest.raises(DataError, match=remedy.format(3)):
         prepare(" => ")
+
+
+# ------------------------------------------------------------------------------------------------------ documents
+
+
+def documents_file(path, count):
+    rows = [{"text": f"document {i} " + "x" * (i * 7 % 500), "source": "even" if i % 2 == 0 else "odd"} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [row["text"] for row in rows]
+
+
+def prepare_documents(path, tokenizer, directory, only=None, **fields):
+    config = PretrainConfig.model_validate({"window": 64, "validation_share": 0.05} | fields)
+    return prepare_windows(STAGES["pretrain"], config, Files((path,), only), tokenizer, directory)
+
+
+@pytest.mark.ray
+def test_every_token_of_every_document_is_learnt_once(ray_cluster, tokenizer, tmp_path):
+    texts = documents_file(tmp_path / "d.jsonl", 300)
+    directory = prepare_documents(tmp_path / "d.jsonl", tokenizer, tmp_path / "windows")
+    train, validation = (StoredWindows.load(directory / part) for part in ("train", "validation"))
+    found = Counter()
+    for windows in (train, validation):
+        assert len(windows) > 0 and (windows.num_tokens <= 64).all()
+        found.update(windows.token_ids[windows.loss_mask].tolist())
+    expected = Counter(token for text in texts for token in encode_document(tokenizer, text).token_ids[1:].tolist())
+    assert found == expected
+    assert len(validation) < 0.2 * len(train)
+
+
+@pytest.mark.ray
+def test_one_source_of_a_file_has_windows_of_its_own(ray_cluster, tokenizer, tmp_path):
+    documents_file(tmp_path / "d.jsonl", 40)
+    directories = [prepare_documents(tmp_path / "d.jsonl", tokenizer, tmp_path / "windows", only=only, validation_share=0) for only in (None, "even", "odd")]
+    whole, even, odd = (StoredWindows.load(directory / "train").num_loss_tokens.sum() for directory in directories)
+    assert len(set(directories)) == 3 and even + odd == whole and min(even, odd) > 0
+
+
+@pytest.mark.ray
+def test_a_bad_line_far_into_a_file_is_named(ray_cluster, tokenizer, tmp_path):
+    documents_file(tmp_path / "d.jsonl", 300)
+    with (tmp_path / "d.jsonl").open("a") as file:
+        file.write('{"txt": "?"}\n')
+    with pytest.raises(DataError, match=r"d\.jsonl:301: field 'text' is missing, found 'txt'"):
+        prepare_documents(tmp_path / "d.jsonl", tokenizer, tmp_path / "windows")
+
+
+# ----------------------------------------------------------------------------------------------------- preferences
+
+
+@pytest.mark.ray
+def test_pairs_are_stored_whole_with_their_margins_and_a_prompt_is_on_one_side(ray_cluster, tokenizer, tmp_path):
+    rows = [{"prompt": f"say {i % 10}", "chosen": f"well {i}", "rejected": f"no {i}", "margin": i} for i in range(40)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config, stage = RewardModelConfig(validation_share=0.1), STAGES["reward_model"]
+    directory = prepare_windows(stage, config, Files((tmp_path / "p.jsonl",)), tokenizer, tmp_path / "windows")
+    train, validation = (StoredWindows.load(directory / part) for part in ("train", "validation"))
+    assert (train.num_examples.sum(), validation.num_examples.sum()) == (36, 4)  # one prompt of ten, with its four pairs
+    margins = [sorted(part.numbers["margin"][part.numbers["margin"] > 0].tolist()) for part in (train, validation)]
+    assert len({margin % 10 for margin in margins[1]} - {0}) <= 1 and sum(map(sum, margins)) == sum(range(40))
+    assert train.num_loss_tokens.sum() == 2 * 36
