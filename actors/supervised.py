@@ -136,9 +136,9 @@ def _shape(model: str | None, preset: str) -> ModelShape:
 
 
 def num_steps(config: SupervisedConfig, windows: Sources) -> int:
-    """Optimizer steps of the run, as `steps`, `epochs` or `tokens` says it."""
+    """Optimizer steps of the run, as `steps`, `epochs` or `tokens` says it; no further pass is begun for what is left of a batch."""
     if config.epochs is not None:
-        return math.ceil(config.epochs * len(windows) / config.batch_size)
+        return max(1, int(config.epochs * len(windows) / config.batch_size))
     if config.tokens is not None:
         return math.ceil(config.tokens * len(windows) / (config.batch_size * sum(windows.count("num_tokens").values())))
     return config.steps

@@ -212,7 +212,7 @@ def test_every_stage_goes_on_as_if_it_had_not_been_interrupted(run, alone, stage
 def test_the_length_of_a_run_follows_from_epochs_or_tokens(run, alone):
     worker = build(config(run, "pretrain"))
     windows, tokens = len(worker.windows), worker.windows.count("num_tokens")[""]
-    assert num_steps(config(run, "pretrain", epochs=2), worker.windows) == math.ceil(2 * windows / 4)
+    assert num_steps(config(run, "pretrain", epochs=2), worker.windows) == 2 * windows // 4
     assert num_steps(config(run, "pretrain", tokens=3 * tokens), worker.windows) == math.ceil(3 * windows / 4)
 
 
