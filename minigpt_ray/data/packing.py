@@ -7,6 +7,7 @@ example, no attention mask and use_cache=False; with anything else they see each
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
@@ -99,8 +100,9 @@ def _best_fit(lengths: Sequence[int], window: int) -> list[list[int]]:
     return bins
 
 
+@lru_cache(maxsize=16)
 def window_order(num_windows: int, seed: int, epoch: int) -> Int64[np.ndarray, "N"]:
-    """The order of the windows in an epoch, from 0: a permutation that depends on nothing else."""
+    """The order of the windows in an epoch, from 0: a permutation that depends on nothing else. Kept, since every step asks for it."""
     return np.random.default_rng([seed, epoch]).permutation(num_windows)
 
 
