@@ -24,7 +24,7 @@ def output_dir(tmp_path_factory):
     """Two runs of one beginning: documents of two sources and a model under the name of the stage pretrain."""
     directory = tmp_path_factory.mktemp("outputs")
     tokenizer = train_tokenizer(["a"], 260)
-    texts = [(f"{i} and {i} make {2 * i}.", "sums") if i % 2 else (f"word {i} " * (i % 40), "words") for i in range(2, 600)]
+    texts = [(f"{i} and {i} make {2 * i}.", "sums") if i % 2 else (f"word {i} " * (1 + i % 40), "words") for i in range(2, 600)]
     for run in ("whole", "killed"):
         (directory / run / "prepare_data").mkdir(parents=True)
         rows = "".join(json.dumps({"text": text, "source": source}) + "\n" for text, source in texts)
