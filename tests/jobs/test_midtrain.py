@@ -1,10 +1,10 @@
 """A stage that mixes sources, as a user runs it: killed with SIGKILL on the way, and gone on with by the same command."""
 
 import json
-import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -49,10 +49,11 @@ def course_of(job, stage, said):
 
 
 def kill_all(job):
-    """The driver first, so that nobody replaces anything."""
+    """The driver first, so that nobody replaces anything; some end by themselves when it is gone."""
     processes = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
     for process in processes:
-        process.send_signal(signal.SIGKILL)
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     psutil.wait_procs(processes)
     job.communicate()
 
