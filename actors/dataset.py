@@ -1,8 +1,8 @@
 """Training data of a supervised stage: Ray Data tokenises and packs it once, workers read windows by number.
 
-    directory = prepare_windows(stage, files, tokenizer, run_dir / "sft" / "windows", window=128, validation_share=0.02, seed=0)
+    directory = prepare_windows(stage, config, Files(paths), tokenizer, run_dir / "sft" / "windows")
     windows = StoredWindows.load(directory / "train")
-    batch = windows.take(windows_for(step, rank, ...))
+    batch = windows.take(reading.windows(step))
 
 What is stored is found again by a hash of all that it was made from. Which window is read when is a function of seed,
 step and rank, so a run that goes on skips nothing, and the number of workers changes no batch.
@@ -14,23 +14,38 @@ import logging
 import os
 import pickle
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
-from jaxtyping import Bool, Int32, Int64
+from jaxtyping import Bool, Float32, Int32, Int64
+from numpy.lib import format as npy
 from transformers import PreTrainedTokenizerBase
 
-from minigpt_ray.data.packing import Windows, pack
-from minigpt_ray.data.rows import DataError, Row, read_rows
-from minigpt_ray.stages import Stage
+from minigpt_ray.config import SupervisedConfig
+from minigpt_ray.data.packing import Windows, pack_groups
+from minigpt_ray.data.rows import DataError
+from minigpt_ray.stages import Item, Stage
 
-BLOCK_ROWS = 4096
-"""Rows that are packed together. A constant, so that windows do not depend on the cluster that makes them."""
 MANIFEST = "manifest.json"
+NUMBERS = "numbers"
+"""Directory of the columns that a stage has besides those of all stages."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """What windows are made of."""
+
+    paths: tuple[Path, ...]
+    only: str | None = None
+    """The one `source` that is wanted; None: all."""
+
+
+# ------------------------------------------------------------------------------------------------------ what is stored
 
 
 @dataclass(frozen=True)
@@ -44,68 +59,138 @@ class StoredWindows:
     """Without padding."""
     num_loss_tokens: Int64[np.ndarray, "N"]
     num_pairs: Int64[np.ndarray, "N"]
-    """(query, key) pairs that attention needs: every token sees itself and what is before it in its example."""
+    """(query, key) pairs that attention needs: every token sees itself and what is before it in its segment."""
     num_examples: Int64[np.ndarray, "N"]
+    """Examples, or preference pairs."""
+    numbers: Mapping[str, Float32[np.ndarray, "N W"]] = field(default_factory=dict)
+    """What else the loss asks for, by name."""
 
     @classmethod
     def load(cls, directory: Path) -> "StoredWindows":
         """Open, without reading, what prepare_windows stored."""
-        return cls(*(np.load(directory / f"{field.name}.npy", mmap_mode="r") for field in fields(cls)))
+        numbers = {path.stem: np.load(path, mmap_mode="r") for path in sorted((directory / NUMBERS).glob("*.npy"))}
+        columns: dict[str, Any] = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in COLUMNS}
+        return cls(**columns, numbers=numbers)
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    def columns(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Name, below the directory, and content of every column."""
+        yield from ((name, getattr(self, name)) for name in COLUMNS)
+        yield from ((f"{NUMBERS}/{name}", column) for name, column in self.numbers.items())
+
     def take(self, rows: Int64[np.ndarray, "R"]) -> Windows:
-        return Windows(self.token_ids[rows], self.loss_mask[rows], self.position_ids[rows])
+        numbers = {name: column[rows] for name, column in self.numbers.items()}
+        return Windows(self.token_ids[rows], self.loss_mask[rows], self.position_ids[rows], numbers)
 
 
-def prepare_windows(
-    stage: Stage,
-    files: Sequence[Path],
-    tokenizer: PreTrainedTokenizerBase,
-    directory: Path,
-    window: int,
-    validation_share: float,
-    seed: int,
-    separator: str | None = None,
-) -> Path:
+COLUMNS = tuple(column.name for column in fields(StoredWindows) if column.name != NUMBERS)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Stored windows of one or several sources, numbered through in their order."""
+
+    parts: Mapping[str, StoredWindows]
+
+    @classmethod
+    def load(cls, stored: Mapping[str, Path], part: str) -> "Sources":
+        """Open the part `train` or `validation` of what prepare_windows stored for each source."""
+        return cls({name: StoredWindows.load(directory / part) for name, directory in stored.items()})
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(part) for part in self.parts.values()]
+
+    def locate(self, rows: Int64[np.ndarray, "R"]) -> Iterator[tuple[str, Int64[np.ndarray, "r"], Int64[np.ndarray, "r"]]]:
+        """For every source among the rows: its name, where its rows stand in `rows`, and their numbers within the source."""
+        begin = 0
+        for name, size in zip(self.parts, self.sizes, strict=True):
+            places = np.flatnonzero((rows >= begin) & (rows < begin + size))
+            if len(places):
+                yield name, places, rows[places] - begin
+            begin += size
+
+    def take(self, rows: Int64[np.ndarray, "R"]) -> Windows:
+        found = [(places, self.parts[name].take(inner)) for name, places, inner in self.locate(rows)]
+        order, parts = np.argsort(np.concatenate([places for places, _ in found])), [part for _, part in found]
+
+        def joined(columns: Iterable[np.ndarray]) -> np.ndarray:
+            return np.concatenate(list(columns))[order]
+
+        return Windows(
+            token_ids=joined(part.token_ids for part in parts),
+            loss_mask=joined(part.loss_mask for part in parts),
+            position_ids=joined(part.position_ids for part in parts),
+            numbers={name: joined(part.numbers[name] for part in parts) for name in parts[0].numbers},
+        )
+
+    def count(self, column: str, rows: Int64[np.ndarray, "R"] | None = None) -> dict[str, int]:
+        """Sum of a `num_...` column over the rows, or over all, by source; those without a row are left out."""
+        if rows is None:
+            return {name: int(getattr(part, column).sum()) for name, part in self.parts.items()}
+        return {name: int(getattr(self.parts[name], column)[inner].sum()) for name, _, inner in self.locate(rows)}
+
+
+# -------------------------------------------------------------------------------------------------------- preparation
+
+
+def prepare_windows(stage: Stage, config: SupervisedConfig, files: Files, tokenizer: PreTrainedTokenizerBase, directory: Path) -> Path:
     """The directory with `train` and `validation` windows of the files, made now unless it is there.
 
-    `separator` cuts {"text"} rows into prompt and answer.
-
-    Raises DataError for a row that cannot be used: a malformed line, no assistant turn, longer than the window.
+    Raises DataError for what cannot be used: a malformed line, a demonstration without an answer, an example longer than the window.
     """
-    target = directory / fingerprint(stage, files, tokenizer, window, validation_share, seed, separator)
+    target = directory / fingerprint(stage, config, files, tokenizer)
     if (target / MANIFEST).is_file():
         return target
-    rows = list(read_rows(files, separator))
-    if not rows:
-        raise DataError(f"{', '.join(map(str, files))}: no rows; training needs at least one demonstration")
-    held_out = choose_validation(len(rows), validation_share, seed)
+    items = stage.read(files.paths, files.only, config)
+    if not items:
+        wanted = f" of the source {files.only!r}" if files.only else ""
+        raise DataError(f"{', '.join(map(str, files.paths))}: no rows{wanted}; training needs at least one")
+    held_out = hold_out(stage, items, config.validation_share, config.seed)
     unfinished = directory / f".{target.name}-{os.getpid()}"
     shutil.rmtree(unfinished, ignore_errors=True)
-    for name, part in (("train", [row for i, row in enumerate(rows) if i not in held_out]), ("validation", [rows[i] for i in sorted(held_out)])):
-        (unfinished / name).mkdir(parents=True)
-        for column, array in tokenise_and_pack(stage, part, tokenizer, window).items():
-            np.save(unfinished / name / f"{column}.npy", array)
-    manifest = {"files": [str(path) for path in files], "window": window, "rows": len(rows), "validation_rows": len(held_out), "seed": seed}
-    (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for name, part in (("train", [item for i, item in enumerate(items) if i not in held_out]), ("validation", [items[i] for i in sorted(held_out)])):
+        store(unfinished / name, tokenise_and_pack(stage, config, part, tokenizer))
+    manifest = {"files": [str(path) for path in files.paths], "source": files.only, "window": config.window, "items": len(items)}
+    (unfinished / MANIFEST).write_text(json.dumps(manifest | {"validation_items": len(held_out), "seed": config.seed}, indent=1))
     shutil.rmtree(target, ignore_errors=True)
     unfinished.rename(target)  # whole or absent
     return target
 
 
-def fingerprint(
-    stage: Stage, files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, window: int, validation_share: float, seed: int, separator: str | None
-) -> str:
+def fingerprint(stage: Stage, config: SupervisedConfig, files: Files, tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of everything that the windows depend on."""
-    settings = [stage.name, window, validation_share, seed, separator, BLOCK_ROWS, tokenizer.chat_template, tokenizer.eos_token]
+    own = {name: getattr(config, name) for name in stage.settings}
+    settings = [
+        stage.name,
+        config.window,
+        config.validation_share,
+        config.seed,
+        own,
+        files.only,
+        stage.block_items,
+        tokenizer.chat_template,
+        tokenizer.eos_token,
+    ]
     digest = hashlib.sha256(json.dumps(settings).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    for path in files:
+    for path in files.paths:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def hold_out(stage: Stage, items: Sequence[Item], share: float, seed: int) -> set[int]:
+    """Items kept for validation; those that belong together are kept together."""
+    owners = [index if stage.belongs_to is None else stage.belongs_to(item) for index, item in enumerate(items)]
+    distinct = list(dict.fromkeys(owners))
+    chosen = {distinct[i] for i in choose_validation(len(distinct), share, seed)}
+    return {index for index, owner in enumerate(owners) if owner in chosen}
 
 
 def choose_validation(num_rows: int, share: float, seed: int) -> set[int]:
@@ -114,12 +199,13 @@ def choose_validation(num_rows: int, share: float, seed: int) -> set[int]:
     return {int(i) for i in np.random.default_rng([seed, 1]).permutation(num_rows)[:count]}
 
 
-def tokenise_and_pack(stage: Stage, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, window: int) -> dict[str, np.ndarray]:
-    """The columns of StoredWindows for these rows, block by block in their order, on all CPUs of the cluster."""
-    if not rows:
-        return describe(pack([], window))
-    # Pickled: Arrow would take rows and ragged arrays apart.
-    blocks = [{"rows": pickle.dumps(rows[i : i + BLOCK_ROWS])} for i in range(0, len(rows), BLOCK_ROWS)]
+def tokenise_and_pack(stage: Stage, config: SupervisedConfig, items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> Iterator[StoredWindows]:
+    """Windows of these items, block by block in their order, made on all CPUs of the cluster a few blocks ahead."""
+    yield describe(pack_groups([], config.window))  # the columns' types, also where there are no items
+    # Pickled: Arrow would take items and ragged arrays apart.
+    blocks = [{"items": pickle.dumps(items[i : i + stage.block_items])} for i in range(0, len(items), stage.block_items)]
+    if not blocks:
+        return
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # else its execution plans stand between a job's lines
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -127,42 +213,79 @@ def tokenise_and_pack(stage: Stage, rows: Sequence[Row], tokenizer: PreTrainedTo
     shared = ray.put(tokenizer)
 
     def pack_block(block: dict[str, Any]) -> dict[str, Any]:
-        return {"packed": pickle.dumps(_pack_block(stage, pickle.loads(block["rows"]), ray.get(shared), window))}
+        return {"packed": pickle.dumps(_pack_block(stage, config, pickle.loads(block["items"]), ray.get(shared)))}
 
-    results = ray.data.from_items(blocks, override_num_blocks=len(blocks)).map(pack_block).take_all()
-    packed = [pickle.loads(result["packed"]) for result in results]
-    for part in packed:
-        if isinstance(part, DataError):
-            raise part
-    return {field.name: np.concatenate([part[field.name] for part in packed]) for field in fields(StoredWindows)}
+    for result in ray.data.from_items(blocks, override_num_blocks=len(blocks)).map(pack_block).iter_rows():
+        packed = pickle.loads(result["packed"])
+        if isinstance(packed, DataError):
+            raise packed
+        yield packed
 
 
-def _pack_block(stage: Stage, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, window: int) -> dict[str, np.ndarray] | DataError:
-    """One block's columns, or what is wrong with its first unusable row: raised here, it would arrive wrapped in a page of frames."""
+def _pack_block(stage: Stage, config: SupervisedConfig, items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> StoredWindows | DataError:
+    """One block, or what is wrong with its first unusable item: raised here, it would arrive wrapped in a page of frames."""
+    groups = []
     try:
-        examples = [stage.encode(tokenizer, row) for row in rows]
-        for row, example in zip(rows, examples, strict=True):
-            if len(example.token_ids) > window:
-                raise DataError(f"{row.place}: {len(example.token_ids)} tokens with the chat template, but window={window}; raise window or remove the row")
+        for item in items:
+            for group in stage.encode(tokenizer, item, config):
+                if len(group) > config.window:
+                    raise DataError(f"{item.place}: {len(group)} tokens with the chat template, but window={config.window}; raise window or remove the row")
+                groups.append(group)
     except DataError as error:
         return error
-    return describe(pack(examples, window))
+    return describe(pack_groups(groups, config.window), stage.segments)
 
 
-def describe(windows: Windows) -> dict[str, np.ndarray]:
-    """Windows and their counts, as the columns of StoredWindows.
+def describe(windows: Windows, segments: int = 1) -> StoredWindows:
+    """Windows and their counts, when an example is so many segments.
 
-    Assumes that the last token of every example is learnt, so that padding is what follows the last learnt token.
+    Assumes that the last token of every segment is learnt, so that padding is what follows the last learnt token.
     """
     size = windows.token_ids.shape[1]
     ends = np.where(windows.loss_mask.any(1), size - windows.loss_mask[:, ::-1].argmax(1), 0)
     used = np.arange(size) < ends[:, None]
-    return {
-        "token_ids": windows.token_ids,
-        "loss_mask": windows.loss_mask,
-        "position_ids": windows.position_ids,
-        "num_tokens": ends.astype(np.int64),
-        "num_loss_tokens": windows.loss_mask.sum(1, dtype=np.int64),
-        "num_pairs": np.where(used, windows.position_ids + 1, 0).sum(1, dtype=np.int64),
-        "num_examples": (used & (windows.position_ids == 0)).sum(1, dtype=np.int64),
-    }
+    return StoredWindows(
+        token_ids=windows.token_ids,
+        loss_mask=windows.loss_mask,
+        position_ids=windows.position_ids,
+        num_tokens=ends.astype(np.int64),
+        num_loss_tokens=windows.loss_mask.sum(1, dtype=np.int64),
+        num_pairs=np.where(used, windows.position_ids + 1, 0).sum(1, dtype=np.int64),
+        num_examples=(used & (windows.position_ids == 0)).sum(1, dtype=np.int64) // segments,
+        numbers=windows.numbers,
+    )
+
+
+def store(directory: Path, blocks: Iterable[StoredWindows]) -> None:
+    """Write windows that come block by block, each column into one .npy file, holding no more than a block."""
+    with ExitStack() as stack:
+        columns: dict[str, Column] = {}
+        for block in blocks:
+            for name, array in block.columns():
+                if name not in columns:
+                    columns[name] = stack.enter_context(Column(directory / f"{name}.npy"))
+                columns[name].append(array)
+
+
+class Column:
+    """A .npy file that grows; complete once closed."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path, self._rows = path, 0
+
+    def __enter__(self) -> "Column":
+        self._file = self._path.open("wb")
+        return self
+
+    def append(self, array: np.ndarray) -> None:
+        self._rows += len(array)
+        if self._file.tell() == 0:
+            self._header = {"descr": npy.dtype_to_descr(array.dtype), "fortran_order": False, "shape": array.shape}
+            npy.write_array_header_1_0(self._file, self._header)
+        array.tofile(self._file)
+
+    def __exit__(self, *error: object) -> None:
+        self._file.seek(0)  # numpy leaves room in the header for a longer first axis
+        npy.write_array_header_1_0(self._file, self._header | {"shape": (self._rows, *self._header["shape"][1:])})
+        self._file.close()

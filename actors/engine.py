@@ -208,6 +208,14 @@ def all_reduce_sum(stats: Stats) -> dict[str, float]:
     return dict(zip(stats, packed.tolist(), strict=True))
 
 
+COURSES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "linear": lambda progress: 1 - progress,
+    "wsd": lambda progress: 1 - math.sqrt(progress),
+}
+"""Schedule -> what is left of the way down to min_lr_ratio, by the share of the decay that is done."""
+
+
 def schedule(config: OptimizerConfig, total_steps: int) -> Callable[[int], float]:
     """Factor on the peak learning rate for optimizer step 0, 1, ...: linear warm-up, then the chosen course to min_lr_ratio."""
 
@@ -216,8 +224,10 @@ def schedule(config: OptimizerConfig, total_steps: int) -> Callable[[int], float
             return (step + 1) / config.warmup_steps
         if config.schedule == "constant":
             return 1.0
-        progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
-        share = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        stable = total_steps - math.ceil(config.decay_share * total_steps) if config.schedule == "wsd" else 0
+        start = max(config.warmup_steps, stable)
+        progress = min(1.0, max(0, step - start) / max(1, total_steps - start))
+        share = COURSES[config.schedule](progress)
         return config.min_lr_ratio + (1 - config.min_lr_ratio) * share
 
     return factor

@@ -12,7 +12,7 @@ from actors.placement import roles_of
 from actors.weights import PROBE_LENGTH
 from minigpt_ray.checkpoint import Checkpoints
 from minigpt_ray.cli import resolved, write_resolved
-from minigpt_ray.config import ModelReward, PPOConfig, RolePlacement, SFTConfig, VerifierReward
+from minigpt_ray.config import ModelReward, PPOConfig, RolePlacement, SupervisedConfig, VerifierReward
 from minigpt_ray.data.prompts import PromptSet, load_prompts
 from minigpt_ray.flops import PPOShapes
 from minigpt_ray.models import config_json, resolve_model
@@ -83,7 +83,7 @@ class Preparation:
         return f"PPO {beginning}: {len(prompts):,} prompts{lost}, {len(self.held_out):,} held out, policy {self.policy_path}"
 
     def _check_rewards(self) -> None:
-        from actors.rewards import check_sources  # not for SFT, which shares this module
+        from actors.rewards import check_sources  # not for the supervised stages, which share this module
 
         without = sum(prompt.answer is None for prompt in self.prompts.prompts)
         for name, source in self.config.rewards.items():
@@ -94,7 +94,7 @@ class Preparation:
         check_sources(self.config.rewards, self.config.run_dir)
 
 
-def find_start(config: PPOConfig | SFTConfig, directory: Path, checkpoints: Checkpoints, may_differ: Collection[str]) -> Path | None:
+def find_start(config: PPOConfig | SupervisedConfig, directory: Path, checkpoints: Checkpoints, may_differ: Collection[str]) -> Path | None:
     """The checkpoint to go on from, None for the beginning.
 
     Raises ValueError where checkpoint.resume=never would write over an earlier run, and where a resumed run would be

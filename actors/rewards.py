@@ -14,7 +14,7 @@ from actors.attempts import COUNTERS, Fault, Scored, Source, Tally, first_line
 from actors.group import Group, Pending, Rank
 from actors.placement import Cluster
 from actors.reward_http import RewardServer
-from actors.reward_model import RewardModel
+from actors.reward_model import RewardModel, load_calibration
 from actors.reward_process import FunctionProcess, load_function
 from minigpt_ray.config import AnyReward, FunctionReward, HttpReward, ModelReward, VerifierReward
 from minigpt_ray.data.verification import verify
@@ -36,7 +36,9 @@ def check_sources(sources: Mapping[str, AnyReward], run_dir: Path) -> None:
     """Raises ValueError or FileNotFoundError for a function or a model that does not exist, and a server that does not answer a request without samples."""
     for name, source in sources.items():
         if isinstance(source, ModelReward):
-            resolve_model(source.init_from, run_dir)
+            path = resolve_model(source.init_from, run_dir)
+            if source.normalize:
+                load_calibration(f"rewards.{name}", path)
         elif isinstance(source, FunctionReward):
             load_function(name, source.function)
         elif isinstance(source, HttpReward):

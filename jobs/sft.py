@@ -14,10 +14,9 @@ from minigpt_ray.config import SFTConfig
 def train(config: SFTConfig) -> None:
     """Train from the newest checkpoint (checkpoint.resume=auto) or from the beginning; ends with a sentence where that cannot be."""
     from actors.supervised import fit, prepare
-    from minigpt_ray.stages import STAGES
 
     with one_sentence():
-        fit(prepare(config, STAGES["sft"]))
+        fit(prepare(config))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from minigpt_ray.config import AlgorithmConfig
+from minigpt_ray.config import AlgorithmConfig, DPOConfig
 from minigpt_ray.rl.experience import Experience
 from minigpt_ray.rl.kl import KL_ESTIMATORS, k3
 
@@ -29,6 +30,68 @@ def token_values(head_outputs: Float[Tensor, "B T"]) -> Float[Tensor, "B T+1"]:
 def language_model_loss(logprobs: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], num_tokens: int) -> Float[Tensor, ""]:
     """Negative log-likelihood of the tokens under the mask, in nats: -sum(logprobs) / num_tokens."""
     return -token_mean(torch.where(mask, logprobs, 0), num_tokens)
+
+
+# ------------------------------------------------------------------------------------------------ preference pairs
+
+
+def log_odds_loss(margins: Float[Tensor, "P"], label_smoothing: float = 0.0) -> Float[Tensor, "P"]:
+    """-log sigmoid(margin), the Bradley-Terry negative log-likelihood that the better answer wins, for each pair.
+
+    With label smoothing as if a share of the pairs were labelled the wrong way round (cDPO, ericmitchell.ai/cdpo.pdf).
+    """
+    return -(1 - label_smoothing) * logsigmoid(margins) - label_smoothing * logsigmoid(-margins)
+
+
+@dataclass(frozen=True)
+class PairLogprobs:
+    """What a model says about the two answers of P pairs."""
+
+    chosen: Float[Tensor, "P"]
+    """Sum over the tokens of the answer."""
+    rejected: Float[Tensor, "P"]
+    chosen_lengths: Float[Tensor, "P"]
+    """Tokens."""
+    rejected_lengths: Float[Tensor, "P"]
+
+    @property
+    def means(self) -> "PairLogprobs":
+        """The same for a token of each answer."""
+        one = torch.ones_like(self.chosen)
+        return PairLogprobs(self.chosen / self.chosen_lengths, self.rejected / self.rejected_lengths, one, one)
+
+    def above(self, reference: "PairLogprobs") -> "PairLogprobs":
+        """log(policy / reference) of each answer."""
+        return PairLogprobs(self.chosen - reference.chosen, self.rejected - reference.rejected, self.chosen_lengths, self.rejected_lengths)
+
+
+Preferences = tuple[Float[Tensor, "P"], Float[Tensor, "P"], Float[Tensor, "P"]]
+"""Loss of each pair, and the implicit rewards of its answers."""
+
+
+def dpo_losses(policy: PairLogprobs, reference: PairLogprobs, config: DPOConfig) -> Preferences:
+    """-log sigmoid(beta * (gain of the chosen answer - gain of the rejected)), gain = log(policy / reference) (arXiv:2305.18290)."""
+    gains = policy.above(reference)
+    chosen, rejected = config.beta * gains.chosen, config.beta * gains.rejected
+    return log_odds_loss(chosen - rejected, config.label_smoothing), chosen, rejected
+
+
+def ipo_losses(policy: PairLogprobs, reference: PairLogprobs, config: DPOConfig) -> Preferences:
+    """(gain of the chosen answer - gain of the rejected - 1 / (2 beta))^2 (arXiv:2310.12036, eq. 17), gains for a token, as its authors train."""
+    gains = policy.above(reference).means
+    return (gains.chosen - gains.rejected - 1 / (2 * config.beta)).square(), config.beta * gains.chosen, config.beta * gains.rejected
+
+
+def simpo_losses(policy: PairLogprobs, reference: PairLogprobs, config: DPOConfig) -> Preferences:
+    """-log sigmoid(beta * (mean logprob of the chosen answer - of the rejected) - gamma) (arXiv:2405.14734); no reference is read."""
+    chosen, rejected = config.beta * policy.means.chosen, config.beta * policy.means.rejected
+    return log_odds_loss(chosen - rejected - config.gamma, config.label_smoothing), chosen, rejected
+
+
+PREFERENCE_LOSSES = {"dpo": dpo_losses, "ipo": ipo_losses, "simpo": simpo_losses}
+
+
+# ------------------------------------------------------------------------------------------------------------- PPO
 
 
 @dataclass(frozen=True)

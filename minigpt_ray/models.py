@@ -15,6 +15,9 @@ from transformers.models.auto.configuration_auto import AutoConfig
 from minigpt_ray.losses import align, token_values
 from minigpt_ray.presets import PRESETS
 
+VALIDATION = "validation.json"
+"""In a model directory: what the stage that made it measured on held-out data at its end, by the names of docs/metrics.md."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -122,9 +125,12 @@ class TokenValues(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, token_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T+1"]:
-        """Column t is the estimate before token t: the head's output at token t - 1; column 0, before any token, is 0."""
-        hidden = self.model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state
+    def forward(self, token_ids: Int[Tensor, "B T"], position_ids: Int[Tensor, "B T"] | None = None) -> Float[Tensor, "B T+1"]:
+        """Column t is the estimate before token t: the head's output at token t - 1; column 0, before any token, is 0.
+
+        Packed rows come with position_ids, as in TokenLogprobs; there, what follows an example is another's beginning.
+        """
+        hidden = self.model.base_model(input_ids=token_ids, position_ids=position_ids, use_cache=False).last_hidden_state
         return token_values(cast(nn.Module, self.model.score)(hidden)[..., 0].float())
 
 

@@ -96,6 +96,17 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) 
     return _encode(tokenizer, _segments(tokenizer, messages, generation_prompt=False))
 
 
+def encode_document(tokenizer: PreTrainedTokenizerBase, text: str) -> Example:
+    """Token ids of a text and of its end; all are learnt. A special token that the text spells out stays text.
+
+    The end is <|endoftext|>, or the end token of a tokenizer that does not know it.
+    """
+    end = DOCUMENT_END if DOCUMENT_END in tokenizer.get_vocab() else tokenizer.eos_token
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    token_ids = np.array([*ids, tokenizer.convert_tokens_to_ids(end)], np.int32)
+    return Example(token_ids, np.ones(len(token_ids), bool))
+
+
 def _segments(tokenizer: PreTrainedTokenizerBase, messages: Messages, generation_prompt: bool) -> list[Segment]:
     """Cut the rendered text where the model takes over and where it ends, which is where generation cuts it.
 

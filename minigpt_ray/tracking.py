@@ -108,6 +108,7 @@ CONSOLE = (
     ("critic_loss", "train/critic_loss", "{:.4f}"),
     ("loss", "train/loss", "{:.4f}"),
     ("accuracy", "train/accuracy", "{:.4f}"),
+    ("margin", "train/margin", "{:.4f}"),
     ("reward", "train/reward", "{:.4f}"),
     ("kl", "train/kl", "{:.4f}"),
     ("lr", "train/lr", "{:.3g}"),

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from minigpt_ray.cli import ConfigError, load_config, read_config, resolved, to_yaml, write_resolved
-from minigpt_ray.config import PPOConfig, PrepareConfig, ServeRewardConfig, SFTConfig
+from minigpt_ray.config import DPOConfig, MidtrainConfig, PPOConfig, PrepareConfig, PretrainConfig, RewardModelConfig, ServeRewardConfig, SFTConfig
 
-ROOTS = (PPOConfig, SFTConfig, PrepareConfig, ServeRewardConfig)
+ROOTS = (PPOConfig, PretrainConfig, MidtrainConfig, SFTConfig, DPOConfig, RewardModelConfig, PrepareConfig, ServeRewardConfig)
 
 
 @pytest.fixture

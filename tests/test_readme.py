@@ -16,14 +16,26 @@ from ray.scripts.scripts import cli as ray_cli
 
 from minigpt_ray import presets, stages
 from minigpt_ray.cli import read_config
-from minigpt_ray.config import EvaluateConfig, JobConfig, PPOConfig, PrepareConfig, ServeRewardConfig, SFTConfig
-from minigpt_ray.data.packing import pack
+from minigpt_ray.config import (
+    DPOConfig,
+    EvaluateConfig,
+    JobConfig,
+    MidtrainConfig,
+    PPOConfig,
+    PrepareConfig,
+    PretrainConfig,
+    RewardModelConfig,
+    ServeRewardConfig,
+    SFTConfig,
+    SupervisedConfig,
+)
+from minigpt_ray.data.packing import pack_groups
 from minigpt_ray.data.rows import Row, read_rows
 from minigpt_ray.losses import language_model_loss
 from minigpt_ray.reward_protocol import Sample
 from minigpt_ray.rl import advantages
 from minigpt_ray.rl.experience import Prompt, Rollout
-from minigpt_ray.tokenizer import END, train_tokenizer
+from minigpt_ray.tokenizer import train_tokenizer
 from minigpt_ray.tracking import console_line, read_metrics
 from tests.test_metrics_doc import FIXED, documented
 
@@ -31,7 +43,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "AGENTS.md", *(ROOT / "docs").glob("*.md")])
 OLD_FLAGS = ["--data_config", "--from_weight", "--use_prepared", "--epochs", "--batch_size", "--learning_rate", "--device", "--use_wandb", "--wandb_project"]
-ROOTS: dict[str, type[JobConfig]] = {"prepare_data": PrepareConfig, "sft": SFTConfig, "ppo": PPOConfig, "evaluate": EvaluateConfig}
+SUPERVISED: dict[str, type[SupervisedConfig]] = {root.stage: root for root in (PretrainConfig, MidtrainConfig, SFTConfig, DPOConfig, RewardModelConfig)}
+ROOTS: dict[str, type[JobConfig]] = {"prepare_data": PrepareConfig, **SUPERVISED, "ppo": PPOConfig, "evaluate": EvaluateConfig}
 
 
 def blocks(language: str) -> list[str]:
@@ -219,19 +232,26 @@ def test_the_preset_is_as_large_as_its_name_says() -> None:
 def test_the_stage_learns_every_token_but_the_first() -> None:
     before = dict(stages.STAGES)
     try:
-        stage = execute(code("def encode_text"), stages)["STAGES"]["midtrain"]
+        names = execute(code("def encode_dialogue"), stages)
+        stage, config = stages.STAGES["dialogue"], names["DialogueConfig"]()
     finally:
         stages.STAGES.clear()
         stages.STAGES.update(before)
+    assert stage.name == config.stage
     tokenizer = train_tokenizer(["some text"], 260)
-    row = Row(({"role": "user", "content": "some text"},), "test", None, "file:1")
-    example = stage.encode(tokenizer, row)
-    assert tokenizer.decode(example.token_ids) == "some text<|endoftext|>" and END not in tokenizer.decode(example.token_ids)
-    assert example.token_ids[-1] == tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    assert example.loss_mask.tolist() == [False] + [True] * (len(example.token_ids) - 1)
-    windows = pack([example, example], 32)
-    assert windows.loss_mask.sum() == 2 * example.loss_mask.sum()
-    assert language_model_loss(-torch.ones(1, 32), torch.from_numpy(windows.loss_mask), 1) == windows.loss_mask.sum()
+    turns = ({"role": "user", "content": "some"}, {"role": "assistant", "content": "text"})
+    (group,) = stage.encode(tokenizer, Row(turns, "test", None, "file:1"), config)
+    windows = pack_groups([group, group], 2 * len(group))
+    assert len(windows) == 1 and windows.loss_mask.sum() == 2 * (len(group) - 1)
+    assert language_model_loss(-torch.ones(1, 2 * len(group)), torch.from_numpy(windows.loss_mask), 1) == windows.loss_mask.sum()
+
+
+def test_the_table_of_stages_has_every_stage_and_where_it_begins() -> None:
+    rows = {row[0].strip("`"): row for row in table("| `python -m jobs.` |")}
+    assert list(rows) == list(stages.STAGES)
+    for name, row in rows.items():
+        init_from = SUPERVISED[name]().model.init_from
+        assert row[3].startswith("none" if init_from is None else f"`{init_from}`") and (ROOT / "jobs" / f"{name}.py").is_file()
 
 
 # ---------------------------------------------------------------------------------------------------------- names

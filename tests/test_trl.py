@@ -1,4 +1,4 @@
-"""Advantages, whitening and losses of PPO are those of TRL's own functions (tests/golden/make_trl_ppo.py says how the table was made)."""
+"""Advantages, whitening and losses are those of TRL's own functions; tests/golden/make_trl_ppo.py and make_trl_preferences.py made the tables."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from minigpt_ray.losses import Loss, clipped_policy_loss, clipped_value_loss
+from minigpt_ray.config import DPOConfig
+from minigpt_ray.losses import PREFERENCE_LOSSES, Loss, PairLogprobs, clipped_policy_loss, clipped_value_loss, log_odds_loss
 from minigpt_ray.rl.advantages import EstimatorInputs, gae, whiten
 
-CASES = json.loads((Path(__file__).parent / "golden" / "trl_ppo.json").read_text())["cases"]
+GOLDEN = Path(__file__).parent / "golden"
+CASES = json.loads((GOLDEN / "trl_ppo.json").read_text())["cases"]
+PREFERENCES = json.loads((GOLDEN / "trl_preferences.json").read_text())
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
@@ -74,3 +77,24 @@ def test_value_loss_gradient_and_clip_fraction_are_trls(case: dict[str, Any]) ->
     torch.testing.assert_close(values.grad, read(case, "value_gradient"), **CLOSE)
     assert loss.stats["value_clip_fraction"].item() == pytest.approx(case["value_clip_fraction"], rel=1e-5)
     assert 0 < case["value_clip_fraction"] < 1
+
+
+@pytest.mark.parametrize("case", PREFERENCES["preferences"], ids=lambda case: " ".join(f"{name}={value}" for name, value in case["settings"].items()))
+def test_preference_losses_rewards_and_gradients_are_trls(case: dict[str, Any]) -> None:
+    config = DPOConfig.model_validate(case["settings"])
+    chosen, lengths = read(case, "chosen").requires_grad_(), (read(case, "chosen_lengths"), read(case, "rejected_lengths"))
+    policy = PairLogprobs(chosen, read(case, "rejected"), *lengths)
+    reference = PairLogprobs(read(case, "reference_chosen"), read(case, "reference_rejected"), *lengths)
+    losses, *rewards = PREFERENCE_LOSSES[config.loss](policy, reference, config)
+    losses.mean().backward()
+    for found, name in zip((losses, *rewards, chosen.grad), ("losses", "chosen_rewards", "rejected_rewards", "gradient"), strict=True):
+        torch.testing.assert_close(found, read(case, name), **CLOSE)
+
+
+@pytest.mark.parametrize("case", PREFERENCES["ranking"], ids=["plain", "margin"])
+def test_bradley_terry_and_its_gradient_are_trls(case: dict[str, Any]) -> None:
+    chosen = read(case, "chosen").requires_grad_()
+    loss = log_odds_loss(chosen - read(case, "rejected") - read(case, "margin")).mean()
+    loss.backward()
+    assert loss.item() == pytest.approx(case["loss"], rel=1e-5)
+    torch.testing.assert_close(chosen.grad, read(case, "gradient"), **CLOSE)

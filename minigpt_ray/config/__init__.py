@@ -25,7 +25,18 @@ from minigpt_ray.config.placement import GeneratorPlacement, PlacementConfig, Ro
 from minigpt_ray.config.ppo import EvaluationConfig, PPOConfig
 from minigpt_ray.config.rewards import AnyReward, CalledReward, FunctionReward, HttpReward, ModelReward, RewardSource, VerifierReward
 from minigpt_ray.config.roles import CriticConfig, GeneratorConfig, LearnerConfig, PolicyConfig, ReferenceConfig, WeightsConfig
-from minigpt_ray.config.supervised import ModelConfig, SFTConfig
+from minigpt_ray.config.supervised import (
+    DocumentsConfig,
+    DPOConfig,
+    MidtrainConfig,
+    ModelConfig,
+    PreferencesConfig,
+    PretrainConfig,
+    RewardModelConfig,
+    SFTConfig,
+    SourceConfig,
+    SupervisedConfig,
+)
 
 __all__ = [
     "AlgorithmConfig",
@@ -34,6 +45,8 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "CriticConfig",
+    "DPOConfig",
+    "DocumentsConfig",
     "EngineConfig",
     "EvaluateConfig",
     "EvaluationConfig",
@@ -44,6 +57,7 @@ __all__ = [
     "JobConfig",
     "LearnerConfig",
     "LoggingConfig",
+    "MidtrainConfig",
     "ModelConfig",
     "ModelReward",
     "OptimizerConfig",
@@ -51,15 +65,20 @@ __all__ = [
     "PipelineConfig",
     "PlacementConfig",
     "PolicyConfig",
+    "PreferencesConfig",
     "PrepareConfig",
+    "PretrainConfig",
     "PromptsConfig",
     "ReferenceConfig",
+    "RewardModelConfig",
     "RewardSource",
     "RolePlacement",
     "SFTConfig",
     "SamplingConfig",
     "ServeRewardConfig",
+    "SourceConfig",
     "StageConfig",
+    "SupervisedConfig",
     "TaskConfig",
     "TokenizerConfig",
     "VerifierReward",

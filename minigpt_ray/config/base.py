@@ -17,12 +17,14 @@ class OptimizerConfig(Config):
 
     lr: PositiveFloat = 1e-4
     """Peak learning rate."""
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Course of the learning rate after the warm-up."""
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"
+    """Course of the learning rate after the warm-up; `wsd` stays at `lr`, then decays (arXiv:2405.18392)."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps over which the learning rate rises linearly from 0."""
+    decay_share: float = Field(default=0.2, gt=0, le=1)
+    """wsd: share of all steps, at their end, over which the learning rate decays."""
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
-    """Where cosine and linear end, as a share of `lr`."""
+    """Where cosine, linear and wsd end, as a share of `lr`."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Adam's decay rates of the first and second moment."""
     eps: PositiveFloat = 1e-8

@@ -8,11 +8,15 @@ from minigpt_ray.config.base import Config, JobConfig
 from minigpt_ray.config.data import PrepareConfig
 from minigpt_ray.config.evaluate import EvaluateConfig
 from minigpt_ray.config.ppo import PPOConfig
-from minigpt_ray.config.supervised import SFTConfig
+from minigpt_ray.config.supervised import DPOConfig, MidtrainConfig, PretrainConfig, RewardModelConfig, SFTConfig
 
 STAGE_CONFIGS: dict[str, type[JobConfig]] = {
     "prepare_data": PrepareConfig,
+    "pretrain": PretrainConfig,
+    "midtrain": MidtrainConfig,
     "sft": SFTConfig,
+    "reward_model": RewardModelConfig,
+    "dpo": DPOConfig,
     "ppo": PPOConfig,
     "evaluate": EvaluateConfig,
 }

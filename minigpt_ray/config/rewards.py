@@ -75,6 +75,8 @@ class ModelReward(RewardSource):
     """`model`"""
     init_from: str
     """A stage of this run, a local directory or a hub id."""
+    normalize: bool = False
+    """Take (score - mean) / standard deviation, those of held-out answers, which jobs.reward_model saves with its model (validation.json)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype."""
     micro_batch_tokens: PositiveInt = 16384

@@ -97,13 +97,13 @@ def read_row(record: Record, default_source: str, separator: str | None = None) 
 
 
 def _messages(record: Record, separator: str | None) -> tuple[list[Message], Object | None]:
-    return _conversation(record, "messages"), _answer(record)
+    return conversation(record, "messages"), _answer(record)
 
 
 def _prompt(record: Record, separator: str | None) -> tuple[list[Message], Object | None]:
     if isinstance(record.value["prompt"], str):
         return [_user(record.text("prompt"))], _answer(record)
-    messages = _conversation(record, "prompt")
+    messages = conversation(record, "prompt")
     if messages[-1]["role"] != "user":
         raise DataError(f"{record.place}: field 'prompt' ends with the assistant's turn; expected the user's; name the field 'messages' for a demonstration")
     return messages, _answer(record)
@@ -200,7 +200,8 @@ def _answer(record: Record) -> Object | None:
     return {"answer": record.text("answer")} if "answer" in record.value else None
 
 
-def _conversation(record: Record, name: str) -> list[Message]:
+def conversation(record: Record, name: str) -> list[Message]:
+    """A field that must hold messages, a turn of the user among them."""
     turns = record.value[name]
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{record.place}: field {name!r} is {_kind(turns)}; expected a list of messages, each with role and content")

@@ -1,17 +1,23 @@
 """Windows are made once, by Ray Data, and say what is in them."""
 
 import json
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from actors.dataset import StoredWindows, choose_validation, describe, prepare_windows
+from actors.dataset import Files, StoredWindows, choose_validation, describe, prepare_windows
+from minigpt_ray.config import PretrainConfig, RewardModelConfig, SFTConfig
 from minigpt_ray.data.packing import pack
 from minigpt_ray.data.rows import DataError
 from minigpt_ray.stages import STAGES
-from minigpt_ray.tokenizer import END, train_tokenizer
+from minigpt_ray.tokenizer import END, encode_document, train_tokenizer
 
-SFT = STAGES["sft"]
+
+def prepare_sft(path, tokenizer, directory, **fields):
+    config = SFTConfig.model_validate({"window": 128, "validation_share": 0.0} | fields)
+    return prepare_windows(STAGES["sft"], config, Files((path,)), tokenizer, directory)
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +40,8 @@ def learnt(windows, tokenizer):
 def test_counts_by_hand():
     examples = [(np.array([5, 6, 7], np.int32), np.array([False, True, True])), (np.array([8, 9], np.int32), np.array([False, True]))]
     counts = describe(pack(examples, 8))
-    assert [counts[name].tolist() for name in ("num_tokens", "num_loss_tokens", "num_pairs", "num_examples")] == [[5], [3], [1 + 2 + 3 + 1 + 2], [2]]
-    assert len(describe(pack([], 8))["num_tokens"]) == 0
+    assert [getattr(counts, name).tolist() for name in ("num_tokens", "num_loss_tokens", "num_pairs", "num_examples")] == [[5], [3], [1 + 2 + 3 + 1 + 2], [2]]
+    assert len(describe(pack([], 8))) == 0
 
 
 def test_validation_rows_are_a_share_at_least_one_and_never_all():
@@ -47,9 +53,9 @@ def test_validation_rows_are_a_share_at_least_one_and_never_all():
 
 @pytest.mark.ray
 def test_every_row_is_in_one_window_of_one_part(ray_cluster, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("actors.dataset.BLOCK_ROWS", 7)
+    monkeypatch.setitem(STAGES, "sft", replace(STAGES["sft"], block_items=7))
     answers = [f"answer {i}" for i in range(30)]
-    directory = prepare_windows(SFT, [demonstrations(tmp_path / "a.jsonl", answers)], tokenizer, tmp_path / "windows", 128, 0.1, seed=0)
+    directory = prepare_sft(demonstrations(tmp_path / "a.jsonl", answers), tokenizer, tmp_path / "windows", validation_share=0.1)
     train, validation = (StoredWindows.load(directory / part) for part in ("train", "validation"))
     assert len(learnt(validation, tokenizer)) == 3
     assert sorted(learnt(train, tokenizer) + learnt(validation, tokenizer)) == sorted(answers)
@@ -61,7 +67,7 @@ def test_windows_are_made_again_only_when_what_they_are_made_from_changes(ray_cl
     path = demonstrations(tmp_path / "a.jsonl", ["one", "two", "three"])
 
     def prepare(window=128):
-        return prepare_windows(SFT, [path], tokenizer, tmp_path / "windows", window, 0.0, seed=0)
+        return prepare_sft(path, tokenizer, tmp_path / "windows", window=window)
 
     first = prepare()
     made = (first / "train" / "token_ids.npy").stat().st_mtime_ns
@@ -78,7 +84,7 @@ def test_windows_are_made_again_only_when_what_they_are_made_from_changes(ray_cl
 def test_a_row_longer_than_the_window_is_refused_with_its_place(ray_cluster, tokenizer, tmp_path):
     path = demonstrations(tmp_path / "a.jsonl", ["short", "long " * 40])
     with pytest.raises(DataError, match=r"a\.jsonl:2: \d+ tokens .* window=96; raise window"):
-        prepare_windows(SFT, [path], tokenizer, tmp_path / "windows", 96, 0.0, seed=0)
+        prepare_sft(path, tokenizer, tmp_path / "windows", window=96)
 
 
 @pytest.mark.ray
@@ -87,7 +93,7 @@ def test_a_separator_cuts_text_into_prompt_and_answer_and_is_part_of_what_window
     path.write_text("".join(json.dumps({"text": f"say {word} => {word}", "source": "words"}) + "\n" for word in ("one", "two")))
 
     def prepare(separator):
-        return prepare_windows(SFT, [path], tokenizer, tmp_path / "windows", 128, 0.0, seed=0, separator=separator)
+        return prepare_sft(path, tokenizer, tmp_path / "windows", separator=separator)
 
     first = prepare(" => ")
     assert learnt(StoredWindows.load(first / "train"), tokenizer) == ["one", "two"]
@@ -99,3 +105,64 @@ def test_a_separator_cuts_text_into_prompt_and_answer_and_is_part_of_what_window
     path.write_text(path.read_text() + json.dumps({"text": "say three", "source": "words"}) + "\n")
     with pytest.raises(DataError, match=remedy.format(3)):
         prepare(" => ")
+
+
+# ------------------------------------------------------------------------------------------------------ documents
+
+
+def documents_file(path, count):
+    rows = [{"text": f"document {i} " + "x" * (i * 7 % 500), "source": "even" if i % 2 == 0 else "odd"} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [row["text"] for row in rows]
+
+
+def prepare_documents(path, tokenizer, directory, only=None, **fields):
+    config = PretrainConfig.model_validate({"window": 64, "validation_share": 0.05} | fields)
+    return prepare_windows(STAGES["pretrain"], config, Files((path,), only), tokenizer, directory)
+
+
+@pytest.mark.ray
+def test_every_token_of_every_document_is_learnt_once(ray_cluster, tokenizer, tmp_path):
+    texts = documents_file(tmp_path / "d.jsonl", 300)
+    directory = prepare_documents(tmp_path / "d.jsonl", tokenizer, tmp_path / "windows")
+    train, validation = (StoredWindows.load(directory / part) for part in ("train", "validation"))
+    found = Counter()
+    for windows in (train, validation):
+        assert len(windows) > 0 and (windows.num_tokens <= 64).all()
+        found.update(windows.token_ids[windows.loss_mask].tolist())
+    expected = Counter(token for text in texts for token in encode_document(tokenizer, text).token_ids[1:].tolist())
+    assert found == expected
+    assert len(validation) < 0.2 * len(train)
+
+
+@pytest.mark.ray
+def test_one_source_of_a_file_has_windows_of_its_own(ray_cluster, tokenizer, tmp_path):
+    documents_file(tmp_path / "d.jsonl", 40)
+    directories = [prepare_documents(tmp_path / "d.jsonl", tokenizer, tmp_path / "windows", only=only, validation_share=0) for only in (None, "even", "odd")]
+    whole, even, odd = (StoredWindows.load(directory / "train").num_loss_tokens.sum() for directory in directories)
+    assert len(set(directories)) == 3 and even + odd == whole and min(even, odd) > 0
+
+
+@pytest.mark.ray
+def test_a_bad_line_far_into_a_file_is_named(ray_cluster, tokenizer, tmp_path):
+    documents_file(tmp_path / "d.jsonl", 300)
+    with (tmp_path / "d.jsonl").open("a") as file:
+        file.write('{"txt": "?"}\n')
+    with pytest.raises(DataError, match=r"d\.jsonl:301: field 'text' is missing, found 'txt'"):
+        prepare_documents(tmp_path / "d.jsonl", tokenizer, tmp_path / "windows")
+
+
+# ----------------------------------------------------------------------------------------------------- preferences
+
+
+@pytest.mark.ray
+def test_pairs_are_stored_whole_with_their_margins_and_a_prompt_is_on_one_side(ray_cluster, tokenizer, tmp_path):
+    rows = [{"prompt": f"say {i % 10}", "chosen": f"well {i}", "rejected": f"no {i}", "margin": i} for i in range(40)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config, stage = RewardModelConfig(validation_share=0.1), STAGES["reward_model"]
+    directory = prepare_windows(stage, config, Files((tmp_path / "p.jsonl",)), tokenizer, tmp_path / "windows")
+    train, validation = (StoredWindows.load(directory / part) for part in ("train", "validation"))
+    assert (train.num_examples.sum(), validation.num_examples.sum()) == (36, 4)  # one prompt of ten, with its four pairs
+    margins = [sorted(part.numbers["margin"][part.numbers["margin"] > 0].tolist()) for part in (train, validation)]
+    assert len({margin % 10 for margin in margins[1]} - {0}) <= 1 and sum(map(sum, margins)) == sum(range(40))
+    assert train.num_loss_tokens.sum() == 2 * 36

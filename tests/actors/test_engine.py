@@ -204,3 +204,5 @@ def test_schedule_by_hand():
     linear = schedule(OptimizerConfig(schedule="linear", min_lr_ratio=0.0), 4)
     assert [linear(i) for i in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
     assert schedule(OptimizerConfig(schedule="constant", warmup_steps=4), 10)(1) == 0.5
+    stable = schedule(OptimizerConfig(schedule="wsd", warmup_steps=2, decay_share=0.4, min_lr_ratio=0.0), 10)
+    assert [stable(i) for i in (0, 1, 6, 7, 10, 99)] == [0.5, 1.0, 1.0, 0.5, 0.0, 0.0]

@@ -1,6 +1,8 @@
 """Rewards of whole responses: by rule, by a function, by a model; weighted, and failed where a source gave none."""
 
+import json
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +18,7 @@ from actors.group import Rank
 from actors.placement import Cluster, roles_of
 from actors.reward_model import RewardModelRank
 from actors.reward_process import FunctionProcess
-from actors.rewards import RewardError, RewardFunctions, Rewards
+from actors.rewards import RewardError, RewardFunctions, Rewards, check_sources
 from minigpt_ray.config import FunctionReward, ModelReward, PlacementConfig, VerifierReward
 from minigpt_ray.models import export, load_scalar
 from minigpt_ray.rl.experience import Prompt, RewardScores, Rollout, RolloutBatch
@@ -153,6 +155,19 @@ def test_a_reward_model_scores_the_last_token(nano: Path, reward_model: Path, bu
         expected = [model(torch.tensor([[1, 2, 3, *r.token_ids.tolist()]])).logits.item() for r in RESPONSES]
     assert len({round(score, 4) for score in expected}) == 4
     assert rank.scores(RolloutBatch.of(RESPONSES)).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_normalised_reward_is_in_units_of_the_spread_on_held_out_answers(nano: Path, reward_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(reward_model, tmp_path, dirs_exist_ok=True)
+    config = ModelReward(init_from=str(tmp_path), normalize=True)
+    with pytest.raises(ValueError, match=r"rewards\.rm: normalize=true, but .*validation\.json holds no spread of held-out rewards; train with"):
+        check_sources({"rm": config}, tmp_path)
+    (tmp_path / "validation.json").write_text(json.dumps({"validation/reward_mean": 2.0, "validation/reward_std": 4.0}))
+    check_sources({"rm": config}, tmp_path)
+    plain, normalised = (
+        RewardModelRank(RANK, "rewards.rm", str(tmp_path), str(nano), c).scores(RolloutBatch.of(RESPONSES)) for c in (ModelReward(init_from="x"), config)
+    )
+    torch.testing.assert_close(normalised, (plain - 2) / 4)
 
 
 def test_two_replicas_score_their_shares(nano: Path, reward_model: Path) -> None:

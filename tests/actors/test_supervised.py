@@ -13,92 +13,118 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from safetensors.numpy import load_file
 
-from actors.dataset import StoredWindows, describe
+from actors.dataset import Sources, describe
 from actors.group import RankHost
-from actors.supervised import StageError, SupervisedRank, prepare
-from minigpt_ray.config import SFTConfig
-from minigpt_ray.data.packing import pack
-from minigpt_ray.data.rows import read_rows
-from minigpt_ray.stages import STAGES, encode_demonstration
-from minigpt_ray.tokenizer import train_tokenizer
+from actors.reference_logprobs import with_reference
+from actors.reward_model import load_calibration
+from actors.supervised import StageError, SupervisedRank, num_steps, prepare
+from minigpt_ray.config import DPOConfig, MidtrainConfig, PretrainConfig, RewardModelConfig, SFTConfig
+from minigpt_ray.data.packing import pack_groups
+from minigpt_ray.models import TokenLogprobs, build_causal, export, load_causal, load_scalar
+from minigpt_ray.stages import REFERENCE, STAGES, Batch
+from minigpt_ray.tokenizer import load_tokenizer, train_tokenizer
+from tests.test_metrics_doc import documented
 
-SFT = STAGES["sft"]
+ROOTS = {root.stage: root for root in (PretrainConfig, MidtrainConfig, SFTConfig, DPOConfig, RewardModelConfig)}
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A run directory as prepare_data leaves it."""
+    """A run directory as prepare_data leaves it, and a model that stages can begin with."""
     stage = tmp_path / "r" / "prepare_data"
     stage.mkdir(parents=True)
-    train_tokenizer(["a"], 260).save_pretrained(stage / "tokenizer")
-    rows = [{"messages": [{"role": "user", "content": f"{i}+{i}="}, {"role": "assistant", "content": str(2 * i)}]} for i in range(40)]
-    (stage / "demonstrations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = train_tokenizer(["a"], 260)
+    tokenizer.save_pretrained(stage / "tokenizer")
+    rows = {
+        "demonstrations": [{"messages": [{"role": "user", "content": f"{i}+{i}="}, {"role": "assistant", "content": str(2 * i)}]} for i in range(40)],
+        "preferences": [{"prompt": f"{i}+{i}=", "chosen": str(2 * i), "rejected": f"{i}{i} or so", "margin": i % 3} for i in range(40)],
+        "documents": [{"text": f"{i} and {i} make {2 * i}. " * (1 + i % 9), "source": "sums" if i % 3 else "others"} for i in range(60)],
+    }
+    for name, values in rows.items():
+        (stage / f"{name}.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
+    export(build_causal("nano", tokenizer, seed=1), tokenizer, tmp_path / "r" / "base" / "model")
     return tmp_path
 
 
-def config(output_dir, **fields):
-    return SFTConfig.model_validate(
-        {"run": "r", "output_dir": output_dir, "steps": 4, "batch_size": 4, "window": 96, "validation_every": 2, "checkpoint": {"every": 2}} | fields
-    )
+def config(output_dir, stage="sft", **fields):
+    given = {"run": "r", "output_dir": output_dir, "steps": 4, "batch_size": 4, "window": 192, "validation_every": 2, "checkpoint": {"every": 2}}
+    of_stage = {"window": 96} if stage in ("pretrain", "sft") else {"model": {"init_from": "base"}}
+    return ROOTS[stage].model_validate(given | of_stage | fields)
 
 
 def build(settings):
-    ready = prepare(settings, SFT)
-    tokenizer = train_tokenizer(["a"], 260)
-    examples = [encode_demonstration(tokenizer, row) for row in read_rows(ready.files)]
-    train, validation = (StoredWindows(**describe(pack(part, settings.window))) for part in (examples[4:], examples[:4]))
-    return SupervisedRank(ready, train, validation)
+    """A rank with windows that it packs itself: the first tenth for validation, one source in the directory of each."""
+    ready = prepare(settings)
+    tokenizer, stage = load_tokenizer(ready.tokenizer), ready.stage
+    parts = {"train": {}, "validation": {}}
+    for source, files in ready.sources.items():
+        examples = [group for item in stage.read(files.paths, files.only, settings) for group in stage.encode(tokenizer, item, settings)]
+        cut = len(examples) // 10
+        for part, groups in (("train", examples[cut:]), ("validation", examples[:cut])):
+            parts[part][source] = describe(pack_groups(groups, settings.window), stage.segments)
+    if ready.reference is not None:
+        directories = {part: ready.directory / f"{part}-{dist.get_world_size()}" for part in parts}
+        for directory in directories.values():
+            directory.mkdir(parents=True, exist_ok=True)
+        parts = {part: with_reference(windows, {"": directories[part]}, ready.reference, settings) for part, windows in parts.items()}
+    return SupervisedRank(ready, Sources(parts["train"]), Sources(parts["validation"]))
 
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(run):
     with pytest.raises(StageError, match=r"no tokenizer at .*; run python -m jobs\.prepare_data run=other"):
-        prepare(config(run, run="other"), SFT)
+        prepare(config(run, run="other"))
     (run / "r" / "prepare_data" / "demonstrations.jsonl").unlink()
     with pytest.raises(StageError, match=r"no data file .*demonstrations\.jsonl; run python -m jobs.prepare_data"):
-        prepare(config(run), SFT)
+        prepare(config(run))
     with pytest.raises(StageError, match=r"no data file .*mine\.jsonl; correct files"):
-        prepare(config(run, files=[run / "mine.jsonl"]), SFT)
+        prepare(config(run, files=[run / "mine.jsonl"]))
+    with pytest.raises(StageError, match=r"no data file .*books\.jsonl; correct mix\.books\.files"):
+        prepare(config(run, "midtrain", mix={"books": {"files": [run / "books.jsonl"]}}))
     with pytest.raises(FileNotFoundError, match="ppo"):
-        prepare(config(run, model={"init_from": "ppo"}), SFT)
+        prepare(config(run, model={"init_from": "ppo"}))
+    with pytest.raises(FileNotFoundError, match="ppo"):
+        prepare(config(run, "dpo", reference="ppo"))
 
 
 def test_a_window_beyond_the_models_positions_is_refused(run):
     with pytest.raises(StageError, match="window=1024 is longer than the model's 512 positions"):
-        prepare(config(run, window=1024), SFT)
+        prepare(config(run, window=1024))
 
 
 def test_an_earlier_run_is_never_written_over(run):
     (run / "r" / "sft").mkdir()
-    assert prepare(config(run), SFT).start == 0
+    assert prepare(config(run)).start == 0
     (run / "r" / "sft" / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"metrics\.jsonl is there from an earlier run.*checkpoint.resume=auto"):
-        prepare(config(run), SFT)
-    assert prepare(config(run, checkpoint={"resume": "auto"}), SFT).start == 0
+        prepare(config(run))
+    assert prepare(config(run, checkpoint={"resume": "auto"})).start == 0
+
+
+def learning(rows):
+    """What rows say about learning, and not about the clock."""
+    timed = ("train/mfu_percent", "train/mfu_percent_avg", "train/eta_minutes")
+    return [
+        {name: value for name, value in row.items() if not name.startswith(("time/", "system/")) and "_per_second" not in name and name not in timed}
+        for row in rows
+    ]
 
 
 @pytest.mark.slow
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(run, alone):
-    def losses(rows):
-        return [
-            {name: value for name, value in row.items() if not name.startswith(("time/", "system/")) and "_per_second" not in name and name not in TIMED}
-            for row in rows
-        ]
-
-    TIMED = {"train/mfu_percent", "train/mfu_percent_avg", "train/eta_minutes"}
     worker = build(config(run))
     assert worker.restore() == 0
     course = {}
     for step, rows in worker.steps(0):
-        course[step] = losses(rows)
+        course[step] = learning(rows)
         if step == 2:
             worker.save(step)
     worker.export()
 
     with pytest.raises(ValueError, match=r"optimizer\.lr"):
-        prepare(config(run, checkpoint={"every": 2, "resume": "auto"}, optimizer={"lr": 1.0}), SFT)
+        prepare(config(run, checkpoint={"every": 2, "resume": "auto"}, optimizer={"lr": 1.0}))
     again = build(config(run, checkpoint={"every": 2, "resume": "auto"}))
     assert again.ready.start == again.restore() == 2
-    assert {step: losses(rows) for step, rows in again.steps(2)} == {step: course[step] for step in (3, 4)}
+    assert {step: learning(rows) for step, rows in again.steps(2)} == {step: course[step] for step in (3, 4)}
 
     first = course[1][0]
     assert first["train/loss"] == pytest.approx(math.log(260), abs=0.5)
@@ -127,8 +153,8 @@ def test_micro_batches_do_not_change_the_course(run, alone):
     assert courses[0] == pytest.approx(courses[1], rel=1e-4)
 
 
-def not_finite(model, batch, num_tokens):
-    loss, stats = SFT.loss(model, batch, num_tokens)
+def not_finite(model, batch, count, config):
+    loss, stats = STAGES["sft"].loss(model, batch, count, config)
     return loss * math.nan, stats
 
 
@@ -140,8 +166,67 @@ def test_a_batch_whose_loss_is_not_finite_is_saved(run, alone):
         next(worker.steps(0))
     found = load_file(saved)
     for name in ("token_ids", "loss_mask", "position_ids"):
-        assert np.array_equal(found[name], getattr(worker.windows, name)[found["windows"]])
+        assert np.array_equal(found[name], getattr(worker.windows.parts[""], name)[found["windows"]])
     assert len(found["windows"]) == 4
+
+
+# ---------------------------------------------------------------------------------------------- the other stages
+
+MIX = {"sums": {"weight": 3, "final_weight": 1}, "others": {"weight": 1}}
+OTHERS = [("pretrain", {}), ("midtrain", {"mix": MIX}), ("dpo", {"nll_weight": 0.1}), ("reward_model", {})]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "fields"), OTHERS, ids=[stage for stage, _ in OTHERS])
+def test_every_stage_goes_on_as_if_it_had_not_been_interrupted(run, alone, stage, fields):
+    worker = build(config(run, stage, **fields))
+    course = {}
+    for step, rows in worker.steps(0):
+        course[step] = learning(rows)
+        if step == 2:
+            worker.save(step)
+    again = build(config(run, stage, checkpoint={"every": 2, "resume": "auto"}, **fields))
+    assert again.restore() == 2
+    assert {step: learning(rows) for step, rows in again.steps(2)} == {step: course[step] for step in (3, 4)}
+    again.export()
+
+    rows = [row for rows in course.values() for row in rows]
+    assert not [name for row in rows for name in row if not documented(name)]
+    training, last = [row for row in rows if "train/loss" in row], rows[-1]
+    assert training[-1]["train/num_tokens_seen"] > training[0]["train/num_tokens_seen"] > 0
+    if stage == "midtrain":
+        by_source = [training[-1][f"train/num_tokens_seen/{source}"] for source in MIX]
+        assert min(by_source) > 0 and sum(by_source) == training[-1]["train/num_tokens_seen"]
+    if stage in ("dpo", "reward_model"):
+        assert last["validation/margin"] == pytest.approx(last["validation/chosen_reward"] - last["validation/rejected_reward"], abs=1e-6)
+        assert 0 <= last["validation/accuracy"] <= 1
+    if stage == "dpo":
+        assert training[0]["train/loss"] == pytest.approx(math.log(2) + 0.1 * training[0]["train/chosen_nll"], rel=1e-5)
+    if stage == "reward_model":
+        path = run / "r" / "reward_model" / "model"
+        assert load_calibration("rm", str(path)) == (last["validation/reward_mean"], last["validation/reward_std"])
+        assert torch.equal(load_scalar(str(path), "float32", None).score.weight, again.model.score.weight)
+
+
+@pytest.mark.slow
+def test_the_length_of_a_run_follows_from_epochs_or_tokens(run, alone):
+    worker = build(config(run, "pretrain"))
+    windows, tokens = len(worker.windows), worker.windows.count("num_tokens")[""]
+    assert num_steps(config(run, "pretrain", epochs=2), worker.windows) == 2 * windows // 4
+    assert num_steps(config(run, "pretrain", tokens=3 * tokens), worker.windows) == math.ceil(3 * windows / 4)
+
+
+@pytest.mark.slow
+def test_reference_logprobs_are_the_models_own_and_computed_once(run, alone, monkeypatch):
+    worker = build(config(run, "dpo"))
+    windows = worker.windows.take(np.arange(len(worker.windows)))
+    batch = Batch.of(windows, torch.device("cpu"))
+    model = TokenLogprobs(load_causal(str(run / "r" / "base" / "model"), "float32"))
+    expected = model(batch.token_ids, batch.loss_mask, position_ids=batch.position_ids)[0]
+    torch.testing.assert_close(batch.numbers[REFERENCE], expected.detach(), atol=1e-5, rtol=0)
+    monkeypatch.setattr("actors.reference_logprobs.load_causal", None)
+    assert len(build(config(run, "dpo", beta=0.5)).windows) == len(windows)
+    assert build(config(run, "dpo", loss="simpo")).windows.parts[""].numbers == {}
 
 
 # ---------------------------------------------------------------------------------------------- two ranks and one
@@ -152,10 +237,15 @@ PLAIN = {"lr": 1e4, "eps": 1e4, "max_grad_norm": 1e6}
 
 
 def ranks_course(directory):
-    """What a few steps report and end with, and the gradient of the first."""
-    worker = build(config(directory, optimizer=SMOOTH))
-    reported = [row[name] for _, rows in worker.steps(0) for row in rows for name in ("train/loss", "train/grad_norm", "validation/loss") if name in row]
-    other = build(config(directory, optimizer=PLAIN, steps=1, validation_share=0))
+    """What a few steps of some stages report and end with, and the gradient of the first."""
+    return {stage: stage_course(directory, stage) for stage in ("sft", "dpo", "reward_model")}
+
+
+def stage_course(directory, stage):
+    worker = build(config(directory, stage, optimizer=SMOOTH))
+    names = ("train/loss", "train/grad_norm", "validation/loss", "validation/accuracy", "validation/margin")
+    reported = [row[name] for _, rows in worker.steps(0) for row in rows for name in names if name in row]
+    other = build(config(directory, stage, optimizer=PLAIN, steps=1, validation_share=0))
     before = weights_of(other)
     next(other.steps(0))
     after = weights_of(other)
@@ -183,10 +273,11 @@ def test_two_ranks_learn_as_one(run, alone):
         port = probe.getsockname()[1]
     multiprocessing.spawn(process, (run, port), nprocs=2)
     expected = ranks_course(run)
-    for found in (torch.load(run / f"rank-{index}.pt") for index in range(2)):
-        assert found["reported"] == pytest.approx(expected["reported"], rel=1e-5)
+    for found, stage in ((torch.load(run / f"rank-{index}.pt")[stage], stage) for index in range(2) for stage in expected):
+        assert found["reported"] == pytest.approx(expected[stage]["reported"], rel=1e-4, abs=1e-6)
         for kind, tolerance in (("gradient", 1e-6), ("weights", 1e-5)):
-            assert found[kind].keys() == expected[kind].keys()
-            for name, tensor in expected[kind].items():
+            assert found[kind].keys() == expected[stage][kind].keys()
+            for name, tensor in expected[stage][kind].items():
                 torch.testing.assert_close(found[kind][name], tensor, rtol=1e-4, atol=tolerance)
-    assert max(float(tensor.abs().max()) for tensor in expected["gradient"].values()) > 1e-2
+    for stage in expected:
+        assert max(float(tensor.abs().max()) for tensor in expected[stage]["gradient"].values()) > 1e-2

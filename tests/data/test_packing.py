@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from minigpt_ray.data.packing import pack, window_order, windows_for
+from minigpt_ray.data.packing import Group, pack, pack_groups, split, window_order, windows_for
 from minigpt_ray.tokenizer import Example
 
 
@@ -93,3 +93,19 @@ def test_steps_read_every_window_once_an_epoch() -> None:
 def test_batch_larger_than_an_epoch_spans_several() -> None:
     read = windows_for(0, 0, 1, batch_size=8, num_windows=3, seed=0)
     assert sorted(read[:3]) == sorted(read[3:6]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("length", [1, 2, 4, 5, 6, 7, 13, 40])
+def test_split_and_packed_every_token_but_the_first_is_learnt_once(length: int) -> None:
+    pieces = split(example(*range(1, length + 1)), window=5)
+    assert all(1 <= len(ids) <= 5 for ids, _ in pieces)
+    windows = pack(pieces, 5)
+    assert sorted(windows.token_ids[windows.loss_mask].tolist()) == list(range(2, length + 1))
+
+
+def test_the_segments_of_a_group_share_a_window_and_its_numbers_stand_at_its_first_token() -> None:
+    groups = [Group((example(1, 2), example(3, 4, 5)), {"margin": 0.5}), Group((example(6), example(7, 8)), {"margin": 2.0})]
+    windows = pack_groups(groups, 9)
+    assert windows.token_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 0]]
+    assert windows.position_ids.tolist() == [[0, 1, 0, 1, 2, 0, 0, 1, 0]]
+    assert windows.numbers["margin"].tolist() == [[0.5, 0, 0, 0, 0, 2.0, 0, 0, 0]]

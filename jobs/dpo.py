@@ -1,0 +1,23 @@
+"""Preference optimisation on Ray Train (DPO, IPO, SimPO): preference pairs in, a better policy out.
+
+    python -m jobs.dpo configs/debug/dpo.yaml run=first                            one machine, no GPU needed, under a minute
+    ray job submit --working-dir . -- python -m jobs.dpo configs/dpo.yaml          a cluster
+
+Writes <output_dir>/<run>/dpo: config.yaml, metrics.jsonl, windows/ (the packed pairs, and the reference's logprobs of them),
+checkpoint/ and model/, which `init_from: dpo` and `AutoModelForCausalLM.from_pretrained` load.
+"""
+
+from minigpt_ray.cli import load_config, one_sentence
+from minigpt_ray.config import DPOConfig
+
+
+def train(config: DPOConfig) -> None:
+    """Train from the newest checkpoint (checkpoint.resume=auto) or from the beginning; ends with a sentence where that cannot be."""
+    from actors.supervised import fit, prepare
+
+    with one_sentence():
+        fit(prepare(config))
+
+
+if __name__ == "__main__":
+    train(load_config(DPOConfig))

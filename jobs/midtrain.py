@@ -1,0 +1,22 @@
+"""Midtraining on Ray Train: a pretrained model goes on with a mix of sources whose weights may change on the way.
+
+    python -m jobs.midtrain configs/debug/midtrain.yaml run=first                  one machine, no GPU needed, under a minute
+    ray job submit --working-dir . -- python -m jobs.midtrain configs/midtrain.yaml    a cluster
+
+Writes <output_dir>/<run>/midtrain, with the same files as jobs.pretrain; every source has its own directory in windows/.
+"""
+
+from minigpt_ray.cli import load_config, one_sentence
+from minigpt_ray.config import MidtrainConfig
+
+
+def train(config: MidtrainConfig) -> None:
+    """Train from the newest checkpoint (checkpoint.resume=auto) or from the beginning; ends with a sentence where that cannot be."""
+    from actors.supervised import fit, prepare
+
+    with one_sentence():
+        fit(prepare(config))
+
+
+if __name__ == "__main__":
+    train(load_config(MidtrainConfig))

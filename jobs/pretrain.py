@@ -1,0 +1,23 @@
+"""Pretraining on Ray Train: documents in, a Hugging Face model directory out.
+
+    python -m jobs.pretrain configs/debug/pretrain.yaml run=first                  one machine, no GPU needed, under a minute
+    ray job submit --working-dir . -- python -m jobs.pretrain configs/pretrain.yaml    a cluster
+
+Writes <output_dir>/<run>/pretrain: config.yaml, metrics.jsonl, windows/ (the packed data, reused while nothing it was made
+from changes), checkpoint/ and model/, which `init_from: pretrain` and `AutoModelForCausalLM.from_pretrained` load.
+"""
+
+from minigpt_ray.cli import load_config, one_sentence
+from minigpt_ray.config import PretrainConfig
+
+
+def train(config: PretrainConfig) -> None:
+    """Train from the newest checkpoint (checkpoint.resume=auto) or from the beginning; ends with a sentence where that cannot be."""
+    from actors.supervised import fit, prepare
+
+    with one_sentence():
+        fit(prepare(config))
+
+
+if __name__ == "__main__":
+    train(load_config(PretrainConfig))

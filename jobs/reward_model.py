@@ -1,0 +1,24 @@
+"""Training of a reward model on Ray Train (Bradley-Terry): preference pairs in, a scalar head out.
+
+    python -m jobs.reward_model configs/debug/reward_model.yaml run=first          one machine, no GPU needed, under a minute
+    ray job submit --working-dir . -- python -m jobs.reward_model configs/reward_model.yaml    a cluster
+
+Writes <output_dir>/<run>/reward_model: config.yaml, metrics.jsonl, windows/ (the packed pairs), checkpoint/ and model/, which
+PPO reads as `rewards.rm={kind: model, init_from: reward_model}`. Its validation.json holds mean and spread of the rewards on
+held-out answers, by which `normalize: true` makes scores comparable.
+"""
+
+from minigpt_ray.cli import load_config, one_sentence
+from minigpt_ray.config import RewardModelConfig
+
+
+def train(config: RewardModelConfig) -> None:
+    """Train from the newest checkpoint (checkpoint.resume=auto) or from the beginning; ends with a sentence where that cannot be."""
+    from actors.supervised import fit, prepare
+
+    with one_sentence():
+        fit(prepare(config))
+
+
+if __name__ == "__main__":
+    train(load_config(RewardModelConfig))
