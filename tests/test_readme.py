@@ -117,7 +117,7 @@ def test_check_reads_the_rows_that_the_readme_shows(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_stages_of_the_readme_run_one_after_another(tmp_path: Path) -> None:
     chain = [words for words in commands() if is_of_the_chain(words)]
-    assert [words[2].removeprefix("jobs.") for words in chain] == ["prepare_data", "sft", "ppo", "evaluate", "minigpt_ray.report"]
+    assert [words[2].removeprefix("jobs.") for words in chain] == ["prepare_data", "sft", "ppo", "evaluate", "report"]
     for words in chain:
         if "run=readme" in words:
             run([*words, f"output_dir={tmp_path}"])

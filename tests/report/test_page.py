@@ -1,6 +1,5 @@
 """The report: one page that needs nothing else, with a panel for what was measured and none for what was not."""
 
-import io
 import json
 import math
 import re
@@ -11,45 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 
+from jobs.report import main
 from minigpt_ray.cli import write_resolved
-from minigpt_ray.config import LoggingConfig, PPOConfig
-from minigpt_ray.report import headline_rows, main, paired_answers, series, smooth, write_report
-from minigpt_ray.tracking import Tracker
-
-
-def sample(step, kind="train", prompt="2 + 2?", response="4", reward=1.0):
-    return {"step": step, "kind": kind, "prompt": prompt, "response": response, "answer": "4", "reward": reward, "source": "chain_sum"}
+from minigpt_ray.config import PPOConfig
+from minigpt_ray.report import write_report
+from minigpt_ray.report.answers import compared_answers, spread
+from minigpt_ray.report.curves import series, smooth
+from minigpt_ray.report.page import headline_rows
+from tests.report.example import sample, write_run
 
 
 @pytest.fixture
 def run(tmp_path):
-    directory = tmp_path / "demo"
-    for stage in ("ppo", "sft"):
-        with Tracker(directory / stage, stage, {}, LoggingConfig(), 50, console=Console(file=io.StringIO())) as tracker:
-            for step in range(51):
-                if stage == "ppo" and step % 25 == 0:
-                    tracker.log(step, {"eval/accuracy": 0.4 + step / 200, "eval/mean_reward": 0.5, "eval/sampled_accuracy": 0.3})
-                    tracker.samples(step, [sample(step, "eval", response=f"<b>{step}</b>", reward=math.nan)])
-                if step and stage == "ppo":
-                    tracker.log(
-                        step,
-                        {
-                            "train/epoch": 1,
-                            "train/reward": step / 50,
-                            "train/kl_ref": math.nan,
-                            "time/step_s": 2.0,
-                            "time/rollout_s": 1.5,
-                            "time/learn_s": 0.5,
-                            "time/learn/publish_s": 0.1,
-                        },
-                    )
-                    tracker.samples(step, [sample(step)])
-                if step and stage == "sft":
-                    tracker.log(step, {"train/epoch": 1, "train/loss": 3 / step, "time/step_s": 1.0})
-    write_resolved(PPOConfig(run="demo"), directory / "ppo")
-    return directory
+    return write_run(tmp_path / "demo")
 
 
 class Wellformed(HTMLParser):
@@ -90,12 +64,12 @@ def test_the_page_is_whole_and_needs_no_network(run):
 
 def test_panels_show_what_was_measured_and_stages_come_in_order(run):
     page = parse(write_report(run))
-    assert [name for name in page.text if name in ("sft", "ppo")] == ["sft", "ppo"]
+    assert [name for name in page.text if name in ("sft", "ppo")] == ["sft", "ppo"] * 2  # links, then chapters
     for title in ("Reward", "Held-out exact match", "Loss", "Where the time goes", "rollout 75%", "learn 25%"):
         assert title in page.text
     for title in ("KL to the reference", "Entropy", "Critic loss"):  # nan throughout, or never logged
         assert title not in page.text
-    assert page.seen.count("svg") == 4
+    assert page.seen.count("svg") == 6  # the two of sft: loss and time
 
 
 def test_answers_are_escaped_and_compared_between_first_and_last_evaluation(run):
@@ -114,11 +88,17 @@ def test_headline_holds_the_models_of_evaluate_and_ppos_own_evaluations(run):
     assert list(rows) == ["ppo, first evaluation (step 0)", "ppo, best evaluation (step 5)", "ppo, last evaluation (step 9)"]
 
 
-def test_pairs_are_of_the_same_prompt():
-    samples = [sample(0, "eval", "a"), sample(0, "eval", "b"), sample(3), sample(5, "eval", "b"), sample(9, "eval", "b", "x")]
-    first, last, pairs = paired_answers(samples)
-    assert (first, last) == (0, 9) and [(a["prompt"], b["response"]) for a, b in pairs] == [("b", "x")]
-    assert paired_answers(samples[:3]) == (0, 0, [])
+def test_answers_to_the_same_prompt_stand_side_by_side():
+    samples = [sample(0, "eval", "a"), sample(0, "eval", "b"), sample(3), *(sample(step, "eval", "b", f"{step}") for step in (2, 5, 9))]
+    steps, rows = compared_answers(samples)
+    assert steps == [0, 5, 9] and [[row["response"] for row in prompt] for prompt in rows] == [["4", "5", "9"]]
+    assert compared_answers(samples[:4])[0] == [0, 2]  # of two evaluations, no middle
+    assert compared_answers(samples[:3]) == ([], [])
+
+
+def test_training_samples_are_spread_from_the_first_to_the_last():
+    assert spread([sample(step) for step in range(101)], 11) == [sample(step) for step in range(0, 101, 10)]
+    assert spread([sample(0)], 11) == [sample(0)]
 
 
 def test_smoothing_keeps_a_constant_and_series_leaves_out_what_is_not_finite():
@@ -136,20 +116,29 @@ def test_a_directory_without_a_run_is_refused_in_one_sentence(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_it_runs_as_a_module(run):
-    done = subprocess.run([sys.executable, "-m", "minigpt_ray.report", str(run)], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True)
+    done = subprocess.run([sys.executable, "-m", "jobs.report", str(run)], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True)
     assert done.stdout.strip() == str(run / "report.html")
 
 
-def test_curves_of_several_runs_are_a_plot_and_a_table(run, tmp_path, capsys):
-    other = tmp_path / "second"
-    (other / "ppo").mkdir(parents=True)
-    (other / "ppo" / "metrics.jsonl").write_text('{"step": 0, "eval/accuracy": 0.1}\n')
-    main(["--curves", str(tmp_path / "curves.svg"), str(run), str(other)])
-    assert capsys.readouterr().out.splitlines() == [
-        "| step | demo | second |",
-        "| ---: | ---: | ---: |",
-        "| 0 | 40.0% / 30.0% | 10.0% |",
-        "| 25 | 52.5% / 30.0% |  |",
-        "| 50 | 65.0% / 30.0% |  |",
-    ]
-    assert (tmp_path / "curves.svg").read_text().startswith("<svg")
+def test_a_run_that_is_going_has_a_report(run):
+    """Its configuration asks for more steps, its newest lines are half written, and a stage has only begun."""
+    write_resolved(PPOConfig(run="demo", steps=200), run / "ppo")
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with (run / "ppo" / name).open("a") as file:
+            file.write('{"step": 51, "train/rew')
+    (run / "dpo").mkdir()
+    (run / "dpo" / "metrics.jsonl").write_text('{"step": 1')
+    page = parse(write_report(run))
+    assert any("50 of 200 steps" in text for text in page.text) and "dpo" not in page.text
+
+
+def test_configuration_and_versions_are_told(run):
+    text = write_report(run).read_text()
+    assert "Configuration of ppo" in text and "Versions that ppo ran with" in text
+    assert json.loads((run / "ppo" / "versions.json").read_text())["torch"] in text
+
+
+def test_intervals_stand_behind_the_figures(run):
+    (run / "evaluate").mkdir()
+    (run / "evaluate/results.json").write_text(json.dumps({"sft": {"eval/accuracy": 0.4, "eval/accuracy_low": 0.35, "eval/accuracy_high": 0.452}}))
+    assert "40.0% (35.0% to 45.2%)" in write_report(run).read_text()
