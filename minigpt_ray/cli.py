@@ -29,7 +29,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
-from minigpt_ray.config import EvaluateConfig, PPOConfig
+from minigpt_ray.config import EvaluateConfig, GeneratePreferencesConfig, PPOConfig
 from minigpt_ray.versions import versions
 
 C = TypeVar("C", bound=BaseModel)
@@ -56,7 +56,7 @@ def load_config(root: type[C], argv: list[str] | None = None) -> C:
         raise SystemExit(2) from None
     if "--dry-run" in arguments:
         print(to_yaml(config), end="")
-        if isinstance(config, PPOConfig | EvaluateConfig):
+        if isinstance(config, PPOConfig | EvaluateConfig | GeneratePreferencesConfig):
             from minigpt_ray.memory import print_placement  # reads model shapes, which nothing else here needs
 
             print()
