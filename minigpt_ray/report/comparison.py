@@ -86,11 +86,14 @@ class Comparison:
 
     def _chapter(self, stage: str) -> str:
         runs = self._of(stage)
-        figures = [(panel, draw_panel(panel, runs)) for panel in PANELS]
+        figures = [(panel, draw_panel(panel, {name: runs.get(name, ()) for name in self.names})) for panel in PANELS]
         plots = [framed(panel.title, panel.caption, figure, stage) for panel, figure in figures if figure is not None]
         different = self.differences(stage)
-        settings = f"<h3>Settings that differ</h3>{table(['', *runs], different, 'samples')}" if different else '<p class="calm">The settings are the same.</p>'
-        return f'<h2 id="{html.escape(stage)}">{html.escape(stage)}</h2>{settings if len(runs) > 1 else ""}<div class="panels">{"".join(plots)}</div>'
+        if different:
+            settings = f"<h3>Settings that differ</h3>{table(['', *runs], different, 'samples')}"
+        else:
+            settings = f'<p class="calm">{"The settings are the same." if len(runs) > 1 else f"Only in {html.escape(next(iter(runs)))}."}</p>'
+        return f'<h2 id="{html.escape(stage)}">{html.escape(stage)}</h2>{settings}<div class="panels">{"".join(plots)}</div>'
 
 
 def write_comparison(comparison: Comparison, path: Path) -> None:

@@ -44,20 +44,20 @@ def draw_panel(panel: Panel, runs: Mapping[str, Rows]) -> Figure | None:
     Of one run, each line has a colour. Of several, each run has a colour and each line a kind of dash.
     """
     measured = [
-        (run, place, line, *points)
+        (run, line, *points)
         for run, rows in enumerate(runs.values())
-        for place, line in enumerate(lines_of(panel, rows))
+        for line in lines_of(panel, rows)
         if len((points := series(rows, line.metric, line.over))[0])
     ]
     if not measured:
         return None
-    names = list(runs)
-    single, several_lines = len(runs) == 1, len({line.label for _, _, line, _, _ in measured}) > 1
+    names, labels = list(runs), list(dict.fromkeys(line.label for _, line, _, _ in measured))
+    single, several_lines = len(runs) == 1, len(labels) > 1
     figure, axes = new_curves()
     colors = itertools.cycle(COLORS)
-    for run, place, line, steps, values in measured:
+    for run, line, steps, values in measured:
         color = next(colors) if single else COLORS[run % len(COLORS)]
-        dash = "-" if single else DASHES[place % len(DASHES)]
+        dash = "-" if single else DASHES[labels.index(line.label) % len(DASHES)]
         label = line.label if single else f"{names[run]}, {line.label}" if several_lines else names[run]
         if line.points:
             axes.plot(steps, values, dash, color=color, marker="o", markersize=4, linewidth=1.2, label=label, zorder=3)
@@ -69,6 +69,6 @@ def draw_panel(panel: Panel, runs: Mapping[str, Rows]) -> Figure | None:
             axes.plot(steps, values, dash, color=color, linewidth=1.4, marker="." if len(values) < 15 else "", label=label)
     if panel.log and all((values > 0).all() for *_, values in measured):
         axes.set_yscale("log")
-    if not single or len(measured) > 1 or measured[0][2].points:
+    if not single or len(measured) > 1 or measured[0][1].points:
         legend(axes, columns=3 if single or not several_lines else 2)
     return figure

@@ -146,6 +146,8 @@ def overfits(rows: Rows) -> str | None:
     best = int(validation.argmin())
     if validation[-1] > 1.03 * validation[best] and newest(rows, "train/loss") < validation[-1]:
         return f"Validation loss was lowest, {validation[best]:.3f}, at step {steps[best]:.0f} and is {validation[-1]:.3f} now."
+    if validation[-1] > 3 * newest(rows, "train/loss"):
+        return f"Validation loss is {validation[-1]:.3f}, and training loss {newest(rows, 'train/loss'):.3f}."
     return None
 
 

@@ -53,7 +53,7 @@ def test_answers_become_pairs_and_a_second_call_finds_them(home: Path) -> None:
         entry = by_question[pair["prompt"][-1]["content"]]
         for side in ("chosen", "rejected"):  # both sources scored it, the right answer too
             text = pair[side][0]["content"]
-            assert pair[f"{side}_score"] == pytest.approx(verify(entry, text) + sum(map(ord, text)) / 1000, abs=1e-5)
+            assert pair[f"{side}_score"] == pytest.approx(verify(entry, text) + sum(map(ord, text)) / 1000, rel=1e-6)
         if pair["chosen"][0]["content"] == entry["answer"]:
             right += 1
             assert verify(entry, pair["rejected"][0]["content"]) < 1

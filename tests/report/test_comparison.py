@@ -1,6 +1,7 @@
 """Runs beside each other: what each ended with, in which settings they differ, and every curve in one plot."""
 
 import re
+import shutil
 
 import pytest
 
@@ -8,6 +9,7 @@ from jobs.compare import main
 from minigpt_ray.cli import write_resolved
 from minigpt_ray.config import PPOConfig
 from minigpt_ray.report import Comparison
+from minigpt_ray.report.drawing import COLORS
 from tests.report.example import write_run
 from tests.report.test_page import parse
 
@@ -49,6 +51,13 @@ def test_the_page_lays_the_runs_over_each_other_and_needs_no_network(runs, tmp_p
     assert not re.search(r"<(script|link|img|iframe)\b|@import|(src|href)=\"(?!#)", text)
     printed = capsys.readouterr().out
     assert "65.0%" in printed and "52.5%" in printed and str(tmp_path / "both.html") in printed
+
+
+def test_a_stage_of_one_run_alone_is_shown_as_that_runs(runs):
+    shutil.rmtree(runs[0] / "sft")
+    text = Comparison(runs).html()
+    assert "Only in second." in text
+    assert COLORS[1] in text.split('<h2 id="sft">')[1].split("</figure>")[0]  # the colour that the run has everywhere
 
 
 def test_what_cannot_be_compared_is_one_sentence(runs, tmp_path, capsys):

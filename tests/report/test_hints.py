@@ -99,6 +99,8 @@ def test_supervised_stages() -> None:
     validation = [{"step": step, "validation/loss": loss} for step, loss in ((10, 1.0), (20, 0.8), (39, 0.9))]
     assert found("sft", learning) == []
     assert found("sft", [*learning, *validation]) == ["Validation loss was lowest, 0.800, at step 20 and is 0.900 now."]
+    apart = [{"step": step, "train/loss": 0.1 - step / 1000, "validation/loss": 0.5} for step in range(40)]
+    assert found("sft", apart) == ["Validation loss is 0.500, and training loss 0.063."]
     assert found("pretrain", [{"step": step, "train/loss": 3.0} for step in range(40)]) == ["The loss began at 3.000 and is 3.000."]
 
 

@@ -142,3 +142,17 @@ def test_intervals_stand_behind_the_figures(run):
     (run / "evaluate").mkdir()
     (run / "evaluate/results.json").write_text(json.dumps({"sft": {"eval/accuracy": 0.4, "eval/accuracy_low": 0.35, "eval/accuracy_high": 0.452}}))
     assert "40.0% (35.0% to 45.2%)" in write_report(run).read_text()
+
+
+def test_preference_stages_have_their_curves(run):
+    """A reward model that has measured training and validation, and DPO on its way."""
+    rows = [
+        {"step": s, "train/loss": 0.6, "train/accuracy": 0.8, "train/margin": 1.0, "train/chosen_reward": 0.7, "train/rejected_reward": -0.3} for s in (1, 2, 3)
+    ]
+    for stage, validation in (("reward_model", [{"step": 3, "validation/loss": 0.65, "validation/accuracy": 0.75}]), ("dpo", [])):
+        (run / stage).mkdir()
+        (run / stage / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *validation]))
+    page = parse(write_report(run))
+    assert [name for name in page.text if name in ("sft", "reward_model", "dpo", "ppo")][4:] == ["sft", "reward_model", "dpo", "ppo"]
+    for title, times in (("Accuracy", 2), ("Reward margin", 2), ("Chosen and rejected", 2), ("Perplexity", 0)):
+        assert page.text.count(title) == times
