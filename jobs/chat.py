@@ -8,6 +8,7 @@ written; vLLM answers in one piece, and sooner when the model is large.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -101,6 +102,9 @@ class VLLM(Context):
     """Answers in one piece, by the engine that generates rollouts."""
 
     def __init__(self, path: str, max_tokens: int, temperature: float, seed: int) -> None:
+        from actors.placement import environment
+
+        os.environ.update(environment(os.cpu_count() or 1)["env_vars"])  # as in a generator worker: one process, and quiet
         from actors.vllm_engine import VLLMEngine
         from minigpt_ray.config import GeneratorConfig, SamplingConfig
 

@@ -1,7 +1,7 @@
 """What to worry about: rules that say, in plain words, when a value has left its healthy range, what that means and what to try.
 
-A hint looks at the newest steps, so that it is gone once the matter is. The ranges are those of common practice with models of
-a billion parameters and less; they are reasons to look, not to stop.
+A value is looked at over the newest steps, so that a hint is gone once the matter is; what leaves a trace, as a refused update or
+a replaced process does, is told from then on. The ranges are rules of thumb: reasons to look, not to stop.
 """
 
 import math
