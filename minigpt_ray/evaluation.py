@@ -148,7 +148,7 @@ def results_table(results: Mapping[str, Mapping[str, float]], num_prompts: int) 
     table = Table(title=f"{num_prompts} held-out prompts", caption="in brackets: 95 % confidence" if intervals_known else None)
     table.add_column("model", overflow="fold")
     for title, _, _ in columns:
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", overflow="fold")
     for name, metrics in results.items():
         table.add_row(name, *(_cell(metrics, metric, form) for _, metric, form in columns))
     return table
