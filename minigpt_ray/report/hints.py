@@ -162,8 +162,8 @@ def known_by_heart(rows: Rows) -> str | None:
 
 
 def chosen_falls(rows: Rows) -> str | None:
-    chosen, margin = newest(rows, "train/chosen_reward"), newest(rows, "train/margin")
-    return f"The margin is {margin:.2f}, but the reward of the chosen answers has fallen to {chosen:.2f}." if chosen < -1 and margin > 0 else None
+    before, now, margin = oldest(rows, "train/chosen_reward"), newest(rows, "train/chosen_reward"), newest(rows, "train/margin")
+    return f"The margin is {margin:.2f}, but the reward of the chosen answers has fallen to {now:.2f}." if now < before - 1 and margin > 0 else None
 
 
 # --------------------------------------------------------------------------------------------------------- rules
@@ -285,7 +285,7 @@ RULES = (
         "Chosen and rejected",
         chosen_falls,
         "Both answers become less likely, the rejected one faster: probability goes to texts that nobody preferred.",
-        "add the NLL term of the chosen answers, raise beta, or lower the learning rate",
+        "set nll_weight, raise beta, or lower the learning rate",
         ("dpo",),
     ),
 )  # fmt: skip

@@ -105,10 +105,10 @@ def test_supervised_stages() -> None:
 
 
 def test_preferences() -> None:
-    pairs = [{"step": step, "train/accuracy": 0.52, "train/margin": 0.1, "train/chosen_reward": -3.0} for step in range(60)]
+    pairs = [{"step": step, "train/accuracy": 0.52, "train/margin": 0.1, "train/chosen_reward": -step / 19} for step in range(60)]
     assert found("dpo", pairs) == [
         "Only 52.0% of the pairs are ranked rightly.",
-        "The margin is 0.10, but the reward of the chosen answers has fallen to -3.00.",
+        "The margin is 0.10, but the reward of the chosen answers has fallen to -2.97.",
     ]
     assert found("reward_model", pairs) == ["Only 52.0% of the pairs are ranked rightly."]  # its rewards have no zero
     assert found("sft", pairs) == []
