@@ -14,7 +14,7 @@ STAGE = "generate_preferences"
 
 
 def run(config: GeneratePreferencesConfig) -> None:
-    """Answer, score, pair, write; nothing when the same configuration has done so before."""
+    """Answer, score, pair, write; nothing when the same configuration and model have done so before."""
     from rich.console import Console
 
     from actors.evaluation import judged_answers
@@ -28,11 +28,11 @@ def run(config: GeneratePreferencesConfig) -> None:
 
     console = Console()
     with one_sentence():
-        file = PairFile(config.stage_dir(STAGE), config)
-        if file.is_complete:
-            console.print(f"{file.directory} is complete and was made by this config; nothing to do", soft_wrap=True)
-            return
         path = resolve_model(config.model, config.run_dir)
+        file = PairFile(config.stage_dir(STAGE), config, path)
+        if file.is_complete:
+            console.print(f"{file.directory} is complete and was made by this config and model; nothing to do", soft_wrap=True)
+            return
         check_sources(config.rewards, config.run_dir)
         tokenizer = load_tokenizer(path)
         default = config.stage_dir("prepare_data") / "prompts.jsonl"
@@ -50,7 +50,7 @@ def run(config: GeneratePreferencesConfig) -> None:
             file.add(answers.prompt, *make_pairs(answers, config, tokenizer.all_special_tokens))
             status.update(f"{file.counts['prompts']} of {len(prompts)} prompts, {file.counts['pairs']} pairs")
     with one_sentence():
-        file.write(path)
+        file.write()
     console.print(summary(file.counts))
     console.print(str(file.directory), soft_wrap=True, markup=False, highlight=False)
 

@@ -34,6 +34,8 @@ RIGHT = -1
 Counts = Counter[str]
 """What became of prompts and answers, by the names of COUNTED."""
 
+INDIFFERENT = ("run", "output_dir", "placement", "prompts_per_batch")
+"""Fields of the configuration that the pairs do not depend on."""
 COUNTED = (
     "prompts",
     "prompts without a pair",
@@ -192,28 +194,29 @@ def _row(prompt: Prompt, chosen: Answer, rejected: Answer) -> Pair:
 class PairFile:
     """preferences.jsonl, held_out.jsonl and manifest.json of a directory that is whole or not there.
 
-    Raises DataError when the directory is there and was made by another configuration.
+    Raises DataError when the directory is there and was made by another configuration, or of the answers of another model.
     """
 
-    def __init__(self, directory: Path, config: GeneratePreferencesConfig) -> None:
+    def __init__(self, directory: Path, config: GeneratePreferencesConfig, model: str) -> None:
+        """`model`: directory or hub id of the model that answers."""
         self.directory, self.config = directory, config
         self.counts: Counts = Counter()
         self._pairs: dict[int, tuple[Prompt, list[Pair]]] = {}
+        self._made_by = {name: value for name, value in resolved(config).items() if name not in INDIFFERENT} | {"weights": _fingerprint(model)}
         self.is_complete = directory.exists()
         if self.is_complete:
-            made_by = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))["config"] if (directory / "manifest.json").is_file() else {}
-            different = [name for name, value in self._relevant().items() if made_by.get(name) != value]
+            manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8")) if (directory / "manifest.json").is_file() else {}
+            before = manifest.get("made_by", {})
+            different = [name for name, value in self._made_by.items() if before.get(name) != value]
             if different:
-                raise DataError(
-                    f"{directory} was made by another config, which differs in {', '.join(different)}; choose another run=, or remove the directory"
-                )
+                raise DataError(f"{directory} was made otherwise, with another {', '.join(different)}; choose another run=, or remove the directory")
 
     def add(self, prompt: Prompt, pairs: list[Pair], counts: Counts) -> None:
         """The pairs of one prompt; in which order prompts come makes no difference."""
         self._pairs[prompt.serial] = prompt, pairs
         self.counts.update(counts)
 
-    def write(self, model: str) -> None:
+    def write(self) -> None:
         """Raises DataError when there is no pair at all."""
         if not self.counts["pairs"]:
             raise DataError(
@@ -230,18 +233,24 @@ class PairFile:
         for name, pairs in rows.items():
             (unfinished / f"{name}.jsonl").write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
         manifest = {
-            "config": self._relevant(),
-            "model": model,
-            "counts": {name: self.counts[name] for name in COUNTED},
-            "pairs_by_source": {name: dict(sorted(Counter(pair["source"] for pair in pairs).items())) for name, pairs in rows.items()},
+            "made_by": self._made_by,
+            "became_of": {name: self.counts[name] for name in COUNTED},
+            "counts": {name: dict(sorted(Counter(pair["source"] for pair in pairs).items())) for name, pairs in rows.items()},
             "sha256": {f"{name}.jsonl": hashlib.sha256((unfinished / f"{name}.jsonl").read_bytes()).hexdigest() for name in rows},
         }
         (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         unfinished.rename(self.directory)
 
-    def _relevant(self) -> dict[str, Any]:
-        """The part of the configuration that the pairs depend on: not where they are made and written."""
-        return {name: value for name, value in resolved(self.config).items() if name not in ("run", "output_dir", "placement", "prompts_per_batch")}
+
+def _fingerprint(model: str) -> str:
+    """A hash of the weights in a model directory; of a hub id, which has none here, the id."""
+    files = sorted(Path(model).glob("*.safetensors"))
+    digest = xxhash.xxh3_128(b"" if files else model.encode())
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def is_held_out(prompt: Prompt, share: float, seed: int) -> bool:

@@ -124,7 +124,7 @@ def test_without_any_right_answer_the_job_is_refused(tmp_path: Path) -> None:
 
 
 def filled(directory: Path, config: GeneratePreferencesConfig, order: range) -> PairFile:
-    file = PairFile(directory, config)
+    file = PairFile(directory, config, "a/model")
     for serial in order:
         asked = prompt(serial, f"{serial % 50} + 1?")  # each question twice
         file.add(asked, *make_pairs(Answers(asked, (answer("a", 1.0), answer("b", 0.0)), None), config, []))
@@ -138,33 +138,50 @@ def read(path: Path) -> list[dict]:
 def test_files_share_no_question_and_do_not_depend_on_who_was_first(tmp_path: Path) -> None:
     config = GeneratePreferencesConfig(held_out_share=0.2)
     for name, order in (("forward", range(100)), ("backward", range(99, -1, -1))):
-        filled(tmp_path / name, config, order).write("a/model")
+        filled(tmp_path / name, config, order).write()
     learnt, held_out = (read(tmp_path / "forward" / f"{name}.jsonl") for name in ("preferences", "held_out"))
     asked = [{row["prompt"][0]["content"] for row in rows} for rows in (learnt, held_out)]
     assert len(learnt) + len(held_out) == 100 and not asked[0] & asked[1] and 4 <= len(held_out) <= 40
     for path in (tmp_path / "forward").glob("*.jsonl"):
         assert path.read_bytes() == (tmp_path / "backward" / path.name).read_bytes()
     manifest = json.loads((tmp_path / "forward" / "manifest.json").read_text())
-    assert manifest["counts"]["pairs"] == 100 and manifest["counts"]["pairs held out"] == len(held_out) and manifest["model"] == "a/model"
-    assert manifest["pairs_by_source"]["held_out"] == {"sums": len(held_out)}
+    assert manifest["became_of"]["pairs"] == 100 and manifest["became_of"]["pairs held out"] == len(held_out)
+    assert manifest["counts"] == {"preferences": {"sums": len(learnt)}, "held_out": {"sums": len(held_out)}}
     assert not list(tmp_path.glob(".*"))
 
 
-def test_what_was_made_by_another_configuration_is_refused(tmp_path: Path) -> None:
+def test_what_was_made_by_another_configuration_or_model_is_refused(tmp_path: Path) -> None:
     config = GeneratePreferencesConfig()
     file = filled(tmp_path / "pairs", config, range(3))
     assert not file.is_complete
-    file.write("a/model")
-    assert PairFile(tmp_path / "pairs", config.model_copy(update={"run": "other", "prompts_per_batch": 7})).is_complete
-    with pytest.raises(DataError, match="differs in min_margin; choose another run="):
-        PairFile(tmp_path / "pairs", config.model_copy(update={"min_margin": 0.5}))
+    file.write()
+    assert PairFile(tmp_path / "pairs", config.model_copy(update={"run": "other", "prompts_per_batch": 7}), "a/model").is_complete
+    with pytest.raises(DataError, match="with another min_margin; choose another run="):
+        PairFile(tmp_path / "pairs", config.model_copy(update={"min_margin": 0.5}), "a/model")
+    with pytest.raises(DataError, match="with another weights; choose another run="):
+        PairFile(tmp_path / "pairs", config, "another/model")
+
+
+def test_a_model_that_was_trained_again_is_another(tmp_path: Path) -> None:
+    """Its directory has the same name and other weights."""
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"first")
+    config = GeneratePreferencesConfig()
+    file = PairFile(tmp_path / "pairs", config, str(weights.parent))
+    file.add(prompt(), *make_pairs(Answers(prompt(), (answer("a", 1.0), answer("b", 0.0)), None), config, []))
+    file.write()
+    assert PairFile(tmp_path / "pairs", config, str(weights.parent)).is_complete
+    weights.write_bytes(b"again")
+    with pytest.raises(DataError, match="with another weights"):
+        PairFile(tmp_path / "pairs", config, str(weights.parent))
 
 
 def test_no_pair_at_all_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
-    file = PairFile(tmp_path / "pairs", GeneratePreferencesConfig())
+    file = PairFile(tmp_path / "pairs", GeneratePreferencesConfig(), "a/model")
     file.add(prompt(), *make_pairs(Answers(prompt(), (answer("a", 1.0), answer("b", 1.0)), None), file.config, []))
     with pytest.raises(DataError, match="no two of 2 answers to 1 prompts make a pair"):
-        file.write("a/model")
+        file.write()
     assert not (tmp_path / "pairs").exists()
 
 

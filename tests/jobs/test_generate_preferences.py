@@ -42,7 +42,7 @@ def test_answers_become_pairs_and_a_second_call_finds_them(home: Path) -> None:
     directory = home / "debug" / "generate_preferences"
     rows = {name: [json.loads(line) for line in (directory / f"{name}.jsonl").read_text().splitlines()] for name in ("preferences", "held_out")}
     pairs = rows["preferences"] + rows["held_out"]
-    counts = json.loads((directory / "manifest.json").read_text())["counts"]
+    counts = json.loads((directory / "manifest.json").read_text())["became_of"]
     assert (counts["prompts"], counts["answers"], counts["pairs"]) == (NUM_PROMPTS, NUM_PROMPTS * NUM_ANSWERS, len(pairs))
     assert rows["preferences"] and rows["held_out"] and f"{len(pairs)}" in done.stdout
 
@@ -65,7 +65,7 @@ def test_answers_become_pairs_and_a_second_call_finds_them(home: Path) -> None:
     again = generate(*arguments, path=str(home))  # starts no process
     assert again.returncode == 0 and "nothing to do" in again.stdout
     refused = generate(*arguments, "min_margin=0.5", path=str(home))
-    assert refused.returncode == 2 and "differs in min_margin" in refused.stderr and "Traceback" not in refused.stderr
+    assert refused.returncode == 2 and "with another min_margin" in refused.stderr and "Traceback" not in refused.stderr
 
 
 def test_a_model_that_is_not_there_is_one_sentence(home: Path, tmp_path: Path) -> None:
