@@ -1,13 +1,15 @@
-"""Held-out evaluation with the generator and the reward sources of a job."""
+"""Held-out evaluation, and the judging of answers, with the generator and the reward sources of a job."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from actors.generator import Generator
 from actors.group import gather
 from actors.rewards import Rewards
 from minigpt_ray.config import EvaluationConfig, SamplingConfig
-from minigpt_ray.evaluation import evaluation_metrics
+from minigpt_ray.data.preferences import RIGHT, Answer, Answers
+from minigpt_ray.evaluation import Judged, evaluation_metrics
 from minigpt_ray.rl.experience import Prompt, Rollout, RolloutBatch
 from minigpt_ray.tracking import Tracker
 
@@ -22,10 +24,12 @@ def evaluate(
 
     Returns the metrics and one row per answer of the main figure for samples.jsonl.
     """
-    metrics, rows = _score(generator, rewards, prompts, sampling, "eval/")
+    main = judge(generator, rewards, prompts, sampling)
+    metrics = evaluation_metrics(main.rollouts, main.verified, main.rewards)
     if sampled:
-        metrics |= _score(generator, rewards, prompts, SamplingConfig(max_tokens=sampling.max_tokens, stop=sampling.stop), "eval/sampled_")[0]
-    return metrics, rows
+        drawn = judge(generator, rewards, prompts, at_temperature_one(sampling))
+        metrics |= evaluation_metrics(drawn.rollouts, drawn.verified, drawn.rewards, "eval/sampled_")
+    return metrics, [sample_row(rollout, reward, kind="eval") for rollout, reward in zip(main.rollouts, main.rewards, strict=True)]
 
 
 def log_evaluation(tracker: Tracker, step: int, generator: Generator, rewards: Rewards, prompts: Sequence[Prompt], config: EvaluationConfig) -> None:
@@ -35,13 +39,41 @@ def log_evaluation(tracker: Tracker, step: int, generator: Generator, rewards: R
     tracker.samples(step, rows[:ANSWERS_KEPT])
 
 
-def _score(
-    generator: Generator, rewards: Rewards, prompts: Sequence[Prompt], sampling: SamplingConfig, prefix: str
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def judge(generator: Generator, rewards: Rewards, prompts: Sequence[Prompt], sampling: SamplingConfig) -> Judged:
+    """Answers to all prompts, verified and scored."""
     rollouts = generator.generate(prompts, sampling)
+    return judge_answers(rewards, rollouts)
+
+
+def judge_answers(rewards: Rewards, rollouts: Sequence[Rollout]) -> Judged:
+    """What the verifier and every reward source say about some answers, all at once."""
     scores, verified = gather(rewards.score(rollouts, RolloutBatch.of(rollouts)), rewards.verify(rollouts)).result()
-    totals = scores.total.tolist()
-    return evaluation_metrics(rollouts, verified, totals, prefix), [sample_row(r, reward, kind="eval") for r, reward in zip(rollouts, totals, strict=True)]
+    by_source = {name: values.tolist() for name, values in scores.by_source.items()}
+    return Judged(rollouts, verified, scores.total.tolist(), by_source, scores.failed.tolist())
+
+
+def judged_answers(
+    generator: Generator, rewards: Rewards, prompts: Sequence[Prompt], right: Mapping[int, Rollout], sampling: SamplingConfig, chunk: int
+) -> Iterator[Answers]:
+    """The answers to each prompt, judged together with its right answer where there is one, in chunks while the rest still generates."""
+    for rollouts in generator.stream(prompts, sampling, chunk):
+        serials = dict.fromkeys(rollout.group for rollout in rollouts)
+        judged = judge_answers(rewards, [*rollouts, *(right[serial] for serial in serials if serial in right)])
+        answers: dict[int, list[Answer]] = {serial: [] for serial in serials}
+        known: dict[int, Answer] = {}
+        for rollout, verified, reward, failed in zip(judged.rollouts, judged.verified, judged.rewards, judged.failed, strict=True):
+            answer = Answer(rollout.text, math.nan if failed else reward, verified, not rollout.truncated)
+            if rollout.sample == RIGHT:
+                known[rollout.group] = answer
+            else:
+                answers[rollout.group].append(answer)
+        of_serial = {rollout.group: rollout.prompt for rollout in rollouts}
+        yield from (Answers(of_serial[serial], tuple(answers[serial]), known.get(serial)) for serial in serials)
+
+
+def at_temperature_one(sampling: SamplingConfig, n: int = 1) -> SamplingConfig:
+    """n answers drawn from the model's own distribution, as long as those of `sampling`."""
+    return SamplingConfig(max_tokens=sampling.max_tokens, stop=sampling.stop, n=n)
 
 
 def sample_row(rollout: Rollout, reward: float, kind: str = "train") -> dict[str, Any]:

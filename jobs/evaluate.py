@@ -1,9 +1,10 @@
 """Score models on held-out prompts.
 
     python -m jobs.evaluate configs/evaluate.yaml models=[sft,ppo]
+    python -m jobs.evaluate configs/evaluate.yaml models=[sft,ppo] pass_at=[1,4,16] baseline=sft data.files=[prompts.jsonl]
 
 Each model generates with the same engine, sampling and seeds as in PPO's own evaluations. Writes
-<run_dir>/evaluate/results.json and a report of the whole run, and prints a table.
+<run_dir>/evaluate/results.json, every figure with the ends of its 95 % interval, and a report of the whole run, and prints a table.
 """
 
 from minigpt_ray.cli import load_config, one_sentence
@@ -14,14 +15,14 @@ def run(config: EvaluateConfig) -> None:
     """Evaluate every model, one after the other."""
     from rich.console import Console
 
-    from actors.evaluation import evaluate
+    from actors.evaluation import at_temperature_one, judge
     from actors.generator import Generator
     from actors.placement import Cluster, roles_of_evaluation
     from actors.rewards import Rewards, check_sources
     from minigpt_ray.checkpoint import write_json_atomic
     from minigpt_ray.cli import write_resolved
     from minigpt_ray.data.prompts import load_prompts
-    from minigpt_ray.evaluation import results_table
+    from minigpt_ray.evaluation import Judged, figures, pass_figures, results_table, win_rate
     from minigpt_ray.models import resolve_model
     from minigpt_ray.report import write_report
     from minigpt_ray.tokenizer import load_tokenizer
@@ -32,6 +33,7 @@ def run(config: EvaluateConfig) -> None:
         check_sources(config.rewards, config.run_dir)
         held_out = {name: load_prompts(config.data, default, load_tokenizer(path)).prompts[: config.num_prompts] for name, path in paths.items()}
     results: dict[str, dict[str, float]] = {}
+    judged: dict[str, Judged] = {}
     console = Console()
     placement = config.placement
     with Cluster(placement, roles_of_evaluation(placement, config.rewards)) as cluster:
@@ -44,8 +46,17 @@ def run(config: EvaluateConfig) -> None:
                 for role in (generator, *rewards.groups):
                     role.ready()
                 generator.use_checkpoint()
-                results[name], _ = evaluate(generator, rewards, prompts, config.sampling, config.sampled)
+                judged[name] = judge(generator, rewards, prompts, config.sampling)
+                results[name] = figures(judged[name], config.seed)
+                if config.sampled:
+                    results[name] |= figures(judge(generator, rewards, prompts, at_temperature_one(config.sampling)), config.seed, "eval/sampled_")
+                if config.pass_at:
+                    drawn = judge(generator, rewards, prompts, at_temperature_one(config.sampling, config.pass_samples))
+                    results[name] |= pass_figures(drawn, config.pass_samples, config.pass_at, config.seed)
                 generator.close()
+    if config.baseline is not None:
+        for name in [name for name in config.models if name != config.baseline]:
+            results[name] |= win_rate(judged[name], judged[config.baseline], config.judge, config.baseline, config.seed)
     write_resolved(config, config.stage_dir("evaluate"))
     write_json_atomic(config.stage_dir("evaluate") / "results.json", results)
     console.print(results_table(results, len(next(iter(held_out.values())))))

@@ -29,7 +29,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
-from minigpt_ray.config import EvaluateConfig, PPOConfig
+from minigpt_ray.config import EvaluateConfig, GeneratePreferencesConfig, PPOConfig
+from minigpt_ray.versions import versions
 
 C = TypeVar("C", bound=BaseModel)
 Location = tuple[str, ...]
@@ -55,7 +56,7 @@ def load_config(root: type[C], argv: list[str] | None = None) -> C:
         raise SystemExit(2) from None
     if "--dry-run" in arguments:
         print(to_yaml(config), end="")
-        if isinstance(config, PPOConfig | EvaluateConfig):
+        if isinstance(config, PPOConfig | EvaluateConfig | GeneratePreferencesConfig):
             from minigpt_ray.memory import print_placement  # reads model shapes, which nothing else here needs
 
             print()
@@ -104,10 +105,11 @@ def to_yaml(config: BaseModel) -> str:
 
 
 def write_resolved(config: BaseModel, directory: Path) -> Path:
-    """Write the resolved tree to `directory`/config.yaml."""
+    """Write the resolved tree to `directory`/config.yaml, and beside it versions.json: the software that reads it."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "config.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")
+    (directory / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n", encoding="utf-8")
     return path
 
 

@@ -31,14 +31,15 @@ def course_table(run_dir: Path, fates: Mapping[str, str], seconds: Mapping[str, 
 def outcome(directory: Path) -> str:
     """The last held-out numbers that a stage logged; for prepare_data the rows it wrote; for evaluate the accuracy of every model."""
     if (results := directory / "results.json").exists():
-        return ", ".join(f"{model} {row['accuracy']:.1%}" for model, row in _read(results).items() if "accuracy" in row)
+        return ", ".join(f"{model} {row['eval/accuracy']:.1%}" for model, row in _read(results).items() if "eval/accuracy" in row)
     if (metrics := directory / "metrics.jsonl").exists():
         last: dict[str, float] = {}
         for row in read_metrics(metrics):
             last |= row
         return ", ".join(text.format(last[name]) for name, text in HEADLINES.items() if name in last)
     if (manifest := directory / "manifest.json").exists():
-        return ", ".join(f"{sum(counts.values()):,} {name}" for name, counts in _read(manifest).get("counts", {}).items())
+        counts = {name: sum(count.values()) if isinstance(count, dict) else count for name, count in _read(manifest)["counts"].items()}
+        return ", ".join(f"{count:,} {name}" for name, count in counts.items())
     return ""
 
 

@@ -13,7 +13,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from minigpt_ray.config import EngineConfig, EvaluateConfig, GeneratorConfig, LearnerConfig, ModelReward, PPOConfig, ReferenceConfig, RolePlacement
+from minigpt_ray.config import (
+    EngineConfig,
+    EvaluateConfig,
+    GeneratePreferencesConfig,
+    GeneratorConfig,
+    LearnerConfig,
+    ModelReward,
+    PPOConfig,
+    ReferenceConfig,
+    RolePlacement,
+)
 from minigpt_ray.presets import ModelShape
 
 GIB = 2**30
@@ -46,12 +56,13 @@ class RoleMemory:
         return sum(self.parts.values()) if self.parts else None
 
 
-def estimate(config: PPOConfig | EvaluateConfig) -> list[RoleMemory]:
+def estimate(config: PPOConfig | EvaluateConfig | GeneratePreferencesConfig) -> list[RoleMemory]:
     """All roles of a job that has a placement."""
-    if isinstance(config, EvaluateConfig):
-        found = [shape for shape in (find_shape(model, config.run_dir) for model in config.models) if shape is not None]
+    if not isinstance(config, PPOConfig):
+        asked = config.models if isinstance(config, EvaluateConfig) else (config.model,)
+        found = [shape for shape in (find_shape(model, config.run_dir) for model in asked) if shape is not None]
         largest = max(found, key=ModelShape.num_parameters, default=None)
-        return [_generator(config, " ".join(config.models), largest)]
+        return [_generator(config, " ".join(asked), largest)]
     place, policy = config.placement, find_shape(config.policy.init_from, config.run_dir)
 
     def shape_of(init_from: str) -> ModelShape | None:
@@ -137,7 +148,7 @@ def _frozen(name: str, placement: RolePlacement, model: ReferenceConfig | ModelR
     return _known(name, placement, parameters, parts)
 
 
-def _generator(config: PPOConfig | EvaluateConfig, init_from: str, shape: ModelShape | None) -> RoleMemory:
+def _generator(config: PPOConfig | EvaluateConfig | GeneratePreferencesConfig, init_from: str, shape: ModelShape | None) -> RoleMemory:
     generator, placement = config.generator, config.placement.generator
     if shape is None:
         return _unknown("generator", placement, init_from)
@@ -211,7 +222,7 @@ def placement_table(roles: list[RoleMemory]) -> Table:
     return table
 
 
-def print_placement(config: PPOConfig | EvaluateConfig) -> None:
+def print_placement(config: PPOConfig | EvaluateConfig | GeneratePreferencesConfig) -> None:
     """The placement table on stdout."""
     console = Console()
     # A pipe has no width of its own; 80 columns would break every row.

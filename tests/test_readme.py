@@ -65,7 +65,7 @@ def is_cheap(words: list[str]) -> bool:
 
 def is_of_the_chain(words: list[str]) -> bool:
     """One of the commands of the run called readme, in which one needs what those before it wrote."""
-    return words[0] == "python" and ("run=readme" in words or "outputs/readme" in words)
+    return words[0] == "python" and ("run=readme" in words or any(word.startswith("outputs/readme") for word in words))
 
 
 def is_check(words: list[str]) -> bool:
@@ -74,7 +74,7 @@ def is_check(words: list[str]) -> bool:
 
 def run(words: list[str], cwd: Path = ROOT) -> str:
     """Run a README command as it stands, with this interpreter; returns its output."""
-    done = subprocess.run([sys.executable, *words[1:]], cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *words[1:]], cwd=cwd, input="hello\n", capture_output=True, text=True)  # a line for the chat
     assert done.returncode == 0, f"{shlex.join(words)} ended with code {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 
@@ -86,7 +86,7 @@ def test_every_command_is_of_a_kind_that_is_tested() -> None:
     unknown = [
         shlex.join(words)
         for words in commands()
-        if not (is_cheap(words) or is_of_the_chain(words) or is_check(words) or words[0] in ("make", "ray", "source", "export"))
+        if not (is_cheap(words) or is_of_the_chain(words) or is_check(words) or words[0] in ("make", "ray", "vllm", "source", "export"))
     ]
     assert not unknown, f"add a test of its kind: {unknown}"
 
@@ -118,6 +118,16 @@ def test_a_ray_command_exists_and_its_job_can_be_read(words: list[str]) -> None:
         read_config(ROOTS[job[2].removeprefix("jobs.")], [str(ROOT / word) if word.endswith(".yaml") else word for word in job[3:]])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [words for words in commands() if words[0] == "vllm"], ids=shlex.join)
+def test_vllm_knows_the_options_that_it_is_given(words: list[str]) -> None:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    assert words[1] == "serve" and words[2].startswith("outputs/readme/")
+    make_arg_parser(FlexibleArgumentParser()).parse_args(words[2:])
+
+
 def test_check_reads_the_rows_that_the_readme_shows(tmp_path: Path) -> None:
     (tmp_path / "my_prompts.jsonl").write_text("".join(blocks("json")))
     (check,) = [words for words in commands() if is_check(words)]
@@ -130,7 +140,7 @@ def test_check_reads_the_rows_that_the_readme_shows(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_stages_of_the_readme_run_one_after_another(tmp_path: Path) -> None:
     chain = [words for words in commands() if is_of_the_chain(words)]
-    assert [words[2].removeprefix("jobs.") for words in chain] == ["prepare_data", "sft", "ppo", "evaluate", "minigpt_ray.report"]
+    assert [words[2].removeprefix("jobs.") for words in chain] == ["prepare_data", "sft", "ppo", "evaluate", "report", "chat"]
     for words in chain:
         if "run=readme" in words:
             run([*words, f"output_dir={tmp_path}"])

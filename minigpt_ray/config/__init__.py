@@ -20,6 +20,7 @@ from minigpt_ray.config.base import (
 )
 from minigpt_ray.config.data import PrepareConfig, TaskConfig, TokenizerConfig
 from minigpt_ray.config.evaluate import EvaluateConfig, ServeRewardConfig
+from minigpt_ray.config.generate_preferences import GeneratePreferencesConfig
 from minigpt_ray.config.pipeline import PipelineConfig, StageConfig
 from minigpt_ray.config.placement import GeneratorPlacement, PlacementConfig, RolePlacement
 from minigpt_ray.config.ppo import EvaluationConfig, PPOConfig
@@ -51,6 +52,7 @@ __all__ = [
     "EvaluateConfig",
     "EvaluationConfig",
     "FunctionReward",
+    "GeneratePreferencesConfig",
     "GeneratorConfig",
     "GeneratorPlacement",
     "HttpReward",

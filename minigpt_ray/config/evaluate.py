@@ -25,10 +25,30 @@ class EvaluateConfig(JobConfig):
     """Also score one answer at temperature 1 per prompt."""
     rewards: dict[str, AnyReward] = {"verifier": VerifierReward()}
     """Reward sources by name, as in PPO: `eval/mean_reward` is the mean of their weighted sum."""
+    pass_at: tuple[PositiveInt, ...] = ()
+    """For each k of the list, pass@k: the chance that one of k answers at temperature 1 is right."""
+    pass_samples: PositiveInt = 16
+    """Answers to each prompt from which pass@k is estimated; at least the largest k."""
+    baseline: str | None = None
+    """One of `models`: how often is an answer of each other one scored higher than its answer to the same prompt, ties half?"""
+    judge: str | None = None
+    """The reward source that decides it, one of `rewards`; none: the weighted sum of all."""
     generator: GeneratorConfig = GeneratorConfig()
     """The engine."""
     placement: PlacementConfig = PlacementConfig()
     """Only the generator, the reward models and the cluster's address count here."""
+
+    @model_validator(mode="after")
+    def _what_is_named_is_there(self) -> "EvaluateConfig":
+        if self.pass_at and max(self.pass_at) > self.pass_samples:
+            raise ValueError(f"pass_at={list(self.pass_at)} asks for more answers than pass_samples={self.pass_samples} draws; raise pass_samples")
+        if self.baseline is not None and self.baseline not in self.models:
+            raise ValueError(f"baseline={self.baseline} is none of the models {', '.join(self.models)}; add it to models")
+        if self.judge is not None and self.judge not in self.rewards:
+            raise ValueError(f"judge={self.judge} is none of the rewards {', '.join(self.rewards)}; add it to rewards, or leave judge out")
+        if self.judge is not None and self.baseline is None:
+            raise ValueError(f"judge={self.judge} decides between a model and the baseline, and there is none; set baseline")
+        return self
 
     @model_validator(mode="after")
     def _nobody_to_sleep_for(self) -> "EvaluateConfig":

@@ -7,6 +7,7 @@ from pydantic import model_validator
 from minigpt_ray.config.base import Config, JobConfig
 from minigpt_ray.config.data import PrepareConfig
 from minigpt_ray.config.evaluate import EvaluateConfig
+from minigpt_ray.config.generate_preferences import GeneratePreferencesConfig
 from minigpt_ray.config.ppo import PPOConfig
 from minigpt_ray.config.supervised import DPOConfig, MidtrainConfig, PretrainConfig, RewardModelConfig, SFTConfig
 
@@ -15,6 +16,7 @@ STAGE_CONFIGS: dict[str, type[JobConfig]] = {
     "pretrain": PretrainConfig,
     "midtrain": MidtrainConfig,
     "sft": SFTConfig,
+    "generate_preferences": GeneratePreferencesConfig,
     "reward_model": RewardModelConfig,
     "dpo": DPOConfig,
     "ppo": PPOConfig,

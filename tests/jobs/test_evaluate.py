@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,11 @@ import pytest
 import yaml
 
 from jobs.prepare_data import main as prepare_data
+from minigpt_ray.cli import ConfigError, read_config
+from minigpt_ray.config import EvaluateConfig
 from minigpt_ray.models import build_causal, export
 from minigpt_ray.tokenizer import load_tokenizer
+from tests.test_metrics_doc import documented
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -23,11 +27,15 @@ def codes(rollouts):
 """
 
 
+def environment(path: str) -> dict[str, str]:
+    """That of a user who starts a job on one machine, with modules of their own in `path`."""
+    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"COLUMNS": "120", "PYTHONPATH": path}
+
+
 def evaluate(*overrides: str, path: str = "", timeout: float = 500) -> subprocess.CompletedProcess[str]:
     """The job; `path`: where else modules are found."""
     command = [sys.executable, "-m", "jobs.evaluate", "configs/debug/evaluate.yaml", *overrides]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"COLUMNS": "120", "PYTHONPATH": path}
-    return subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, cwd=CHECKOUT, env=environment(path), capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +53,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(home: Path) -> subprocess.CompletedProcess[str]:
-    done = evaluate(f"output_dir={home}", "rewards.codes.kind=function", "rewards.codes.function=a_users_rewards:codes", path=str(home))
+    source = ["rewards.codes.kind=function", "rewards.codes.function=a_users_rewards:codes"]
+    done = evaluate(f"output_dir={home}", *source, "pass_at=[1,2]", "pass_samples=3", "baseline=sft", "judge=codes", path=str(home))
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -54,10 +63,14 @@ def finished(home: Path) -> subprocess.CompletedProcess[str]:
 def test_both_models_have_all_figures(home: Path, finished: subprocess.CompletedProcess[str]) -> None:
     results = json.loads((home / "debug" / "evaluate" / "results.json").read_text())
     assert list(results) == ["sft", "ppo"]
-    for figures in results.values():
-        assert set(figures) == {f"eval/{p}{n}" for p in ("", "sampled_") for n in ("accuracy", "mean_reward", "avg_response_len", "truncated_fraction")}
-        assert all(math.isfinite(value) for value in figures.values())
-        assert all(0 <= value <= 1 for name, value in figures.items() if not name.endswith(("len", "reward")))
+    main = ("accuracy", "mean_reward", "avg_response_len", "truncated_fraction", "verifier_score", "reward/verifier", "reward/codes")
+    names = {*(f"eval/{prefix}{name}" for prefix in ("", "sampled_") for name in main), "eval/pass_at_1", "eval/pass_at_2"}
+    for model, figures in results.items():
+        wins = {"eval/win_rate/sft"} if model == "ppo" else set()
+        assert set(figures) == {name + end for name in names | wins for end in ("", "_low", "_high")}
+        assert all(math.isfinite(value) for value in figures.values()) and all(documented(name) for name in figures)
+        assert all(figures[f"{name}_low"] <= figures[name] <= figures[f"{name}_high"] for name in names | wins)
+        assert all(0 <= figures[name] <= 1 for name in names | wins if not name.endswith(("len", "reward", "codes")))
         assert 1 <= figures["eval/avg_response_len"] <= 16
     assert results["sft"]["eval/sampled_mean_reward"] != results["ppo"]["eval/sampled_mean_reward"]  # each wrote answers of its own
 
@@ -65,8 +78,9 @@ def test_both_models_have_all_figures(home: Path, finished: subprocess.Completed
 @pytest.mark.slow
 def test_a_table_and_a_report_are_left(home: Path, finished: subprocess.CompletedProcess[str]) -> None:
     assert "20 held-out prompts" in finished.stdout
-    rows = [line for line in finished.stdout.splitlines() if line.count("%") == 2]
+    rows = [line for line in finished.stdout.splitlines() if line.count("%") >= 4]
     assert ["sft" in rows[0], "ppo" in rows[1], len(rows)] == [True, True, 2]
+    assert rows[1].count("%") == 5  # exact match twice, pass@k twice, and how often it wins against sft
     assert str(home / "debug" / "report.html") in finished.stdout and (home / "debug" / "report.html").is_file()
     config = yaml.safe_load((home / "debug" / "evaluate" / "config.yaml").read_text())
     assert config["models"] == ["sft", "ppo"] and config["sampling"]["temperature"] == 0
@@ -76,6 +90,17 @@ def test_a_model_that_is_not_there_is_one_sentence(home: Path) -> None:
     done = evaluate(f"output_dir={home}", "models=[sft,dpo]")
     assert done.returncode == 2
     assert "init_from='dpo' is neither a finished stage of this run" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_is_named_and_not_there_is_refused() -> None:
+    for given, sentence in (
+        (["pass_at=[1,32]"], "pass_at=[1, 32] asks for more answers than pass_samples=16 draws"),
+        (["baseline=dpo"], "baseline=dpo is none of the models sft, ppo"),
+        (["baseline=sft", "judge=taste"], "judge=taste is none of the rewards verifier"),
+        (["judge=verifier"], "there is none; set baseline"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(sentence)):
+            read_config(EvaluateConfig, given)
 
 
 def test_help_and_a_mistake() -> None:

@@ -1,0 +1,59 @@
+"""Make preference pairs of a model's own answers, for DPO on policy and for reward models.
+
+    python -m jobs.generate_preferences configs/generate_preferences.yaml model=sft
+
+The model answers each prompt `sampling.n` times, the reward sources score the answers, and pairs of better and worse ones are
+written to <run>/generate_preferences: preferences.jsonl and held_out.jsonl, which share no prompt, and manifest.json with the
+counts, complete or not at all.
+"""
+
+from minigpt_ray.cli import load_config, one_sentence
+from minigpt_ray.config import GeneratePreferencesConfig
+
+STAGE = "generate_preferences"
+
+
+def run(config: GeneratePreferencesConfig) -> None:
+    """Answer, score, pair, write; nothing when the same configuration and model have done so before."""
+    from rich.console import Console
+
+    from actors.evaluation import judged_answers
+    from actors.generator import Generator
+    from actors.placement import Cluster, roles_of_evaluation
+    from actors.rewards import RewardError, Rewards, check_sources
+    from minigpt_ray.data.preferences import PairFile, load_right_answers, make_pairs, summary
+    from minigpt_ray.data.prompts import load_prompts
+    from minigpt_ray.models import resolve_model
+    from minigpt_ray.tokenizer import load_tokenizer
+
+    console = Console()
+    with one_sentence():
+        path = resolve_model(config.model, config.run_dir)
+        file = PairFile(config.stage_dir(STAGE), config, path)
+        if file.is_complete:
+            console.print(f"{file.directory} is complete and was made by this config and model; nothing to do", soft_wrap=True)
+            return
+        check_sources(config.rewards, config.run_dir)
+        tokenizer = load_tokenizer(path)
+        default = config.stage_dir("prepare_data") / "prompts.jsonl"
+        prompts = load_prompts(config.data, default, tokenizer).prompts[: config.num_prompts]
+        right = load_right_answers(config.data, default, prompts, tokenizer) if config.right_answer else {}
+        cluster = Cluster(config.placement, roles_of_evaluation(config.placement, config.rewards))
+    with cluster, one_sentence((RewardError,)), console.status("loading the model and the reward sources") as status:
+        longest = max(len(prompt.token_ids) for prompt in prompts) + config.sampling.max_tokens
+        generator = Generator(cluster, path, config.generator, longest, config.placement.generator.tensor_parallel, config.seed)
+        rewards = Rewards(cluster, config.rewards, config.run_dir, path)
+        for role in (generator, *rewards.groups):
+            role.ready()
+        generator.use_checkpoint()
+        for answers in judged_answers(generator, rewards, prompts, right, config.sampling, config.prompts_per_batch):
+            file.add(answers.prompt, *make_pairs(answers, config, tokenizer.all_special_tokens))
+            status.update(f"{file.counts['prompts']} of {len(prompts)} prompts, {file.counts['pairs']} pairs")
+    with one_sentence():
+        file.write()
+    console.print(summary(file.counts))
+    console.print(str(file.directory), soft_wrap=True, markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    run(load_config(GeneratePreferencesConfig))

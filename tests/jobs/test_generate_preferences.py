@@ -1,0 +1,73 @@
+"""`python -m jobs.generate_preferences` as a user runs it: a nano model's own answers become pairs that agree with their scores."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.prepare_data import main as prepare_data
+from minigpt_ray.data.verification import verify
+from minigpt_ray.models import build_causal, export
+from minigpt_ray.tokenizer import load_tokenizer
+from tests.jobs.test_evaluate import CHECKOUT, REWARD, environment
+
+NUM_PROMPTS, NUM_ANSWERS = 24, 4
+
+
+def generate(*overrides: str, path: str = "") -> subprocess.CompletedProcess[str]:
+    """The job; `path`: where else modules are found."""
+    command = [sys.executable, "-m", "jobs.generate_preferences", "configs/debug/generate_preferences.yaml", *overrides]
+    return subprocess.run(command, cwd=CHECKOUT, env=environment(path), capture_output=True, text=True, timeout=500)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a model of random weights."""
+    directory = tmp_path_factory.mktemp("home")
+    assert prepare_data([str(CHECKOUT / "configs/debug/prepare_data.yaml"), f"output_dir={directory}"]) == 0
+    tokenizer = load_tokenizer(directory / "debug" / "prepare_data" / "tokenizer")
+    export(build_causal("nano", tokenizer, seed=0), tokenizer, directory / "debug" / "sft" / "model")
+    (directory / "a_users_rewards.py").write_text(REWARD)
+    return directory
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_answers_become_pairs_and_a_second_call_finds_them(home: Path) -> None:
+    arguments = [f"output_dir={home}", "rewards.codes.kind=function", "rewards.codes.function=a_users_rewards:codes"]
+    done = generate(*arguments, path=str(home))
+    assert done.returncode == 0, done.stdout + done.stderr
+    directory = home / "debug" / "generate_preferences"
+    rows = {name: [json.loads(line) for line in (directory / f"{name}.jsonl").read_text().splitlines()] for name in ("preferences", "held_out")}
+    pairs = rows["preferences"] + rows["held_out"]
+    counts = json.loads((directory / "manifest.json").read_text())["became_of"]
+    assert (counts["prompts"], counts["answers"], counts["pairs"]) == (NUM_PROMPTS, NUM_PROMPTS * NUM_ANSWERS, len(pairs))
+    assert rows["preferences"] and rows["held_out"] and f"{len(pairs)}" in done.stdout
+
+    entries = [json.loads(line) for line in (home / "debug" / "prepare_data" / "prompts.jsonl").read_text().splitlines()[:NUM_PROMPTS]]
+    by_question = {entry["question"]: entry for entry in (row.get("entry", row) for row in entries)}
+    right = 0
+    for pair in pairs:
+        entry = by_question[pair["prompt"][-1]["content"]]
+        for side in ("chosen", "rejected"):  # both sources scored it, the right answer too
+            text = pair[side][0]["content"]
+            assert pair[f"{side}_score"] == pytest.approx(verify(entry, text) + sum(map(ord, text)) / 1000, rel=1e-6)
+        if pair["chosen"][0]["content"] == entry["answer"]:
+            right += 1
+            assert verify(entry, pair["rejected"][0]["content"]) < 1
+        else:
+            assert pair["chosen_score"] > pair["rejected_score"]
+    assert right == counts["prompts with a right answer"] == NUM_PROMPTS  # random weights are never right
+    assert len(pairs) <= 3 * NUM_PROMPTS and (directory / "config.yaml").is_file()
+
+    again = generate(*arguments, path=str(home))  # starts no process
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+    refused = generate(*arguments, "min_margin=0.5", path=str(home))
+    assert refused.returncode == 2 and "with another min_margin" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_a_model_that_is_not_there_is_one_sentence(home: Path, tmp_path: Path) -> None:
+    done = generate(f"output_dir={tmp_path}", "model=dpo")
+    assert done.returncode == 2 and "init_from='dpo' is neither a finished stage of this run" in done.stderr and "Traceback" not in done.stderr
