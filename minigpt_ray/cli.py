@@ -93,6 +93,13 @@ def read_config(root: type[C], arguments: list[str]) -> C:
         raise ConfigError("\n".join(_sentence(root, error, origins) for error in failure.errors())) from None
 
 
+def given(arguments: list[str]) -> set[Location]:
+    """Locations that the files and overrides of a command line set; raises ConfigError."""
+    files, overrides = _split(arguments)
+    origins = {location for path in files for location in _read_file(path)[1]}
+    return origins | {location for override in overrides for location in (override.location, *_below(override.location, override.value))}
+
+
 def resolved(config: BaseModel) -> dict[str, Any]:
     """The whole tree, defaults included, as values that JSON knows."""
     return config.model_dump(mode="json")
@@ -180,6 +187,14 @@ def _lines(node: yaml.Node, path: Path, at: Location = ()) -> Iterator[tuple[Loc
         first[key.value] = line
         yield here, f"{path}, line {line}"
         yield from _lines(value, path, here)
+
+
+def _below(at: Location, value: Any) -> Iterator[Location]:
+    """Locations of the keys within a value."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield (*at, str(key))
+            yield from _below((*at, str(key)), inner)
 
 
 def _one_line(error: object) -> str:

@@ -20,6 +20,7 @@ from minigpt_ray.config.base import (
 )
 from minigpt_ray.config.data import PrepareConfig, TaskConfig, TokenizerConfig
 from minigpt_ray.config.evaluate import EvaluateConfig, ServeRewardConfig
+from minigpt_ray.config.mix import AnySource, DatasetConfig, FileSource, FiltersConfig, HubSource, MixConfig, TaskSource
 from minigpt_ray.config.placement import GeneratorPlacement, PlacementConfig, RolePlacement
 from minigpt_ray.config.ppo import EvaluationConfig, PPOConfig
 from minigpt_ray.config.rewards import AnyReward, CalledReward, FunctionReward, HttpReward, ModelReward, RewardSource, VerifierReward
@@ -29,20 +30,26 @@ from minigpt_ray.config.supervised import ModelConfig, SFTConfig
 __all__ = [
     "AlgorithmConfig",
     "AnyReward",
+    "AnySource",
     "CalledReward",
     "CheckpointConfig",
     "Config",
     "CriticConfig",
+    "DatasetConfig",
     "EngineConfig",
     "EvaluateConfig",
     "EvaluationConfig",
+    "FileSource",
+    "FiltersConfig",
     "FunctionReward",
     "GeneratorConfig",
     "GeneratorPlacement",
     "HttpReward",
+    "HubSource",
     "JobConfig",
     "LearnerConfig",
     "LoggingConfig",
+    "MixConfig",
     "ModelConfig",
     "ModelReward",
     "OptimizerConfig",
@@ -58,6 +65,7 @@ __all__ = [
     "SamplingConfig",
     "ServeRewardConfig",
     "TaskConfig",
+    "TaskSource",
     "TokenizerConfig",
     "VerifierReward",
     "WeightsConfig",

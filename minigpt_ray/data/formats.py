@@ -45,14 +45,17 @@ def in_one_format(records: Iterable[Record], formats: Mapping[str, Format[Any]])
     """Each record with its format's name, which is that of the first record. Raises DataError for a record of another."""
     began: tuple[str, str] | None = None
     for record in records:
-        if began is None:
-            began = (recognise(record, formats), record.place)
-        format, place = began
-        missing = [name for name in formats[format].required if name not in record.value]
-        if missing or recognise(record, formats) != format:
-            found = f"field {missing[0]!r} is missing, found {names_of(record.value)}" if missing else f"the row has the format {recognise(record, formats)!r}"
-            raise DataError(f"{record.place}: {found}; expected the format {format!r}, as the file began at {place}; keep one format to a file")
-        yield record, format
+        began = began or (recognise(record, formats), record.place)
+        expect(record, *began, formats)
+        yield record, began[0]
+
+
+def expect(record: Record, format: str, place: str, formats: Mapping[str, Format[Any]]) -> None:
+    """Raises DataError unless the record has the format with which the file began at `place`."""
+    missing = [name for name in formats[format].required if name not in record.value]
+    if missing or recognise(record, formats) != format:
+        found = f"field {missing[0]!r} is missing, found {names_of(record.value)}" if missing else f"the row has the format {recognise(record, formats)!r}"
+        raise DataError(f"{record.place}: {found}; expected the format {format!r}, as the file began at {place}; keep one format to a file")
 
 
 def recognise(record: Record, formats: Mapping[str, Format[Any]]) -> str:
@@ -71,7 +74,15 @@ def _messages(record: Record, separator: str | None) -> list[Conversation]:
     return [(_conversation(record, "messages"), _answer(record))]
 
 
-_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant"}
+_SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+}
 
 
 def _sharegpt(record: Record, separator: str | None) -> list[Conversation]:
@@ -186,7 +197,9 @@ def _answer_to(prompt: list[Message], record: Record, name: str) -> Message:
         return _assistant(record.text(name))
     messages = _with_last_answer(_checked(record.value[name], record, name), record, name)
     if messages[:-1] not in ([], prompt):
-        raise DataError(f"{record.place}: field {name!r} holds turns before its last that are not those of 'prompt'; expected one answer to the prompt; mend the row")
+        raise DataError(
+            f"{record.place}: field {name!r} holds turns before its last that are not those of 'prompt'; expected one answer to the prompt; mend the row"
+        )
     return messages[-1]
 
 
