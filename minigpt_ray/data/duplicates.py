@@ -15,6 +15,8 @@ from jaxtyping import Bool, Int64, UInt16, UInt64
 
 BINS = 128
 BANDS = 32
+BANDS_AT_ONCE = 8
+ROWS_AT_ONCE = 1 << 14
 WINDOW = 8
 """Bytes that are compared as one: about two words of English, three characters of Chinese."""
 LONG_WINDOW = 32
@@ -110,9 +112,20 @@ class Signatures:
         if not len(group):
             return np.zeros((0, 2), np.int64)
         stored = np.memmap(self._path, np.uint16, "r").reshape(-1, BINS)
-        bands = np.memmap(self._path, np.uint64, "r").reshape(-1, BANDS)
-        found = [_agreeing(mix_bits(bands[:, band] ^ mix_bits(group.astype(np.uint64))), stored, threshold) for band in range(BANDS)]
+        salt, found = mix_bits(group.astype(np.uint64)), []
+        for first in range(0, BANDS, BANDS_AT_ONCE):
+            for band in self._bands(first, len(group)):
+                found.append(_agreeing(mix_bits(band ^ salt), stored, threshold))
         return np.unique(np.concatenate(found), axis=0)
+
+    def _bands(self, first: int, count: int) -> UInt64[np.ndarray, "8 N"]:
+        """Some columns of the file, which is read through and not mapped: what is mapped counts as memory."""
+        bands = np.empty((BANDS_AT_ONCE, count), np.uint64)
+        with self._path.open("rb") as file:
+            for at in range(0, count, ROWS_AT_ONCE):
+                rows = np.fromfile(file, np.uint64, ROWS_AT_ONCE * BANDS).reshape(-1, BANDS)
+                bands[:, at : at + len(rows)] = rows[:, first : first + BANDS_AT_ONCE].T
+        return bands
 
 
 def _agreeing(keys: UInt64[np.ndarray, "N"], stored: UInt16[np.ndarray, "N 128"], threshold: float) -> Int64[np.ndarray, "P 2"]:
@@ -128,8 +141,8 @@ def _agreeing(keys: UInt64[np.ndarray, "N"], stored: UInt16[np.ndarray, "N 128"]
         if not len(order):
             break
         similar = leaders == order
-        for at in range(0, len(order), 1 << 14):  # 8 MiB of signatures at a time
-            part = slice(at, at + (1 << 14))
+        for at in range(0, len(order), ROWS_AT_ONCE):
+            part = slice(at, at + ROWS_AT_ONCE)
             similar[part] |= (stored[leaders[part]] == stored[order[part]]).mean(axis=1) >= threshold
         pairs = np.stack([leaders, order], axis=1)[similar & (leaders != order)]
         found.append(pairs)

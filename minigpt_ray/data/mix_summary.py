@@ -20,19 +20,18 @@ LOST = ("#7f1d1d", "#b91c1c", "#ea580c", "#f59e0b", "#ca8a04", "#a16207", "#9ca3
 def table(tallies: Sequence[Tally]) -> Table:
     """Rows by kind and source; reasons that dropped none are left out."""
     reasons = [reason for reason in DROPPED if any(tally.dropped[reason] for tally in tallies)]
-    result = Table("kind", "source", caption="share: of the kind's training rows")
+    result = Table("source", caption="share: of the training rows of its kind")
     for name in ("read", *(reason.replace("_", " ") for reason in reasons), "train", "held out", "share"):
         result.add_column(name, justify="right")
     for kind in KINDS:
         mine = [tally for tally in tallies if tally.kind == kind]
         total = sum(tally.train for tally in mine)
+        if mine:
+            result.add_row(f"[bold]{kind}")
         for tally in mine:
             dropped = [f"{tally.dropped[reason]:,}" for reason in reasons]
-            result.add_row(
-                kind, escape(tally.name), f"{tally.read:,}", *dropped, f"{tally.train:,}", f"{tally.held_out:,}", f"{tally.train / max(1, total):.1%}"
-            )
-        if mine:
-            result.add_section()
+            result.add_row(escape(tally.name), f"{tally.read:,}", *dropped, f"{tally.train:,}", f"{tally.held_out:,}", f"{tally.train / max(1, total):.1%}")
+        result.add_section()
     return result
 
 

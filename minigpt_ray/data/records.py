@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 Object = dict[str, Any]
 
@@ -59,12 +59,7 @@ def read_records(path: Path, cut_at: str | None = None, at_least: int = 1, watch
     kind = Path(path.stem).suffix if path.suffix in PACKED_SUFFIXES else path.suffix
     empty = True
     with path.open("rb") as raw, _unpacked(raw, path) as file:
-        if kind == ".parquet":
-            records = _parquet(raw, path)
-        elif kind in TEXT_SUFFIXES:
-            records = _documents(file, path, cut_at, at_least)
-        else:
-            records = _array(file, path) if _begins_with_bracket(path) else _lines(file, path)
+        records = _of_kind(kind, raw, file, path, cut_at, at_least)
         while True:
             try:
                 record = next(records, None)
@@ -79,8 +74,17 @@ def read_records(path: Path, cut_at: str | None = None, at_least: int = 1, watch
         raise DataError(f"{path}: the file is empty; expected {'text' if kind in TEXT_SUFFIXES else 'a JSON object a line'}")
 
 
+def _of_kind(kind: str, raw: io.BufferedIOBase, file: io.BufferedIOBase, path: Path, cut_at: str | None, at_least: int) -> Iterator[Record]:
+    if kind == ".parquet":
+        yield from _parquet(raw, path)
+    elif kind in TEXT_SUFFIXES:
+        yield from _documents(file, path, cut_at, at_least)
+    else:
+        yield from _array(file, path) if _begins_with_bracket(path) else _lines(file, path)
+
+
 @contextmanager
-def _unpacked(raw: IO[bytes], path: Path) -> Iterator[IO[bytes]]:
+def _unpacked(raw: io.BufferedIOBase, path: Path) -> Iterator[io.BufferedIOBase]:
     """The file's bytes before they were compressed."""
     if path.suffix == ".gz":
         with gzip.GzipFile(fileobj=raw) as packed, io.BufferedReader(packed, BLOCK) as file:
@@ -97,7 +101,7 @@ def _unpacked(raw: IO[bytes], path: Path) -> Iterator[IO[bytes]]:
 # ----------------------------------------------------------------------------------------------------- shapes
 
 
-def _lines(file: IO[bytes], path: Path) -> Iterator[Record]:
+def _lines(file: io.BufferedIOBase, path: Path) -> Iterator[Record]:
     blank = None
     for number, raw in enumerate(file, start=1):  # bytes, so that only \n ends a line and an undecodable one can be named
         place = f"{path}:{number}"
@@ -114,7 +118,7 @@ def _lines(file: IO[bytes], path: Path) -> Iterator[Record]:
         yield Record(check_object(value, f"{place}: the line"), place)
 
 
-def _array(file: IO[bytes], path: Path) -> Iterator[Record]:
+def _array(file: io.BufferedIOBase, path: Path) -> Iterator[Record]:
     text, decoder = _Text(file, path), json.JSONDecoder()
     text.skip("[")
     while True:
@@ -136,7 +140,7 @@ def _array(file: IO[bytes], path: Path) -> Iterator[Record]:
 class _Text:
     """The characters of a file, a window of them at a time, and the line where the window begins."""
 
-    def __init__(self, file: IO[bytes], path: Path):
+    def __init__(self, file: io.BufferedIOBase, path: Path):
         self.line = 1
         self._file, self._path = file, path
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
@@ -185,7 +189,7 @@ class _Text:
         return True
 
 
-def _documents(file: IO[bytes], path: Path, cut_at: str | None, at_least: int) -> Iterator[Record]:
+def _documents(file: io.BufferedIOBase, path: Path, cut_at: str | None, at_least: int) -> Iterator[Record]:
     """Plain text, cut where a separator stands."""
     document, line, number = "", 1, 1
     for piece in _pieces(file, path, cut_at):
@@ -200,7 +204,7 @@ def _documents(file: IO[bytes], path: Path, cut_at: str | None, at_least: int) -
         yield Record({"text": document.strip("\r\n")}, f"{path}:{number + _blank_lines(document)}")
 
 
-def _pieces(file: IO[bytes], path: Path, cut_at: str | None) -> Iterator[str]:
+def _pieces(file: io.BufferedIOBase, path: Path, cut_at: str | None) -> Iterator[str]:
     """Text up to and with each separator; all of it is each block when there is none."""
     decoder, rest = codecs.getincrementaldecoder("utf-8-sig")(), ""
     while True:
@@ -220,7 +224,7 @@ def _blank_lines(document: str) -> int:
     return document[: len(document) - len(document.lstrip("\r\n"))].count("\n")
 
 
-def _parquet(file: IO[bytes], path: Path) -> Iterator[Record]:
+def _parquet(file: io.BufferedIOBase, path: Path) -> Iterator[Record]:
     """Rows of a Parquet file. A column that is null in a row is a field that the row does not have."""
     import pyarrow as pa
     from pyarrow import parquet
