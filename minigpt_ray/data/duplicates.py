@@ -7,11 +7,13 @@ filled from others (arXiv:1703.04664), of each minimum 16 bits (arXiv:0910.3349)
 and the estimate then has a standard error of about 0.04.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import xxhash
-from jaxtyping import Bool, Int64, UInt16, UInt64
+from jaxtyping import Bool, Float64, Int64, UInt16, UInt64
 
 BINS = 128
 BANDS = 32
@@ -19,6 +21,8 @@ BANDS_AT_ONCE = 8
 ROWS_AT_ONCE = 1 << 14
 WINDOW = 8
 """Bytes that are compared as one: about two words of English, three characters of Chinese."""
+MARGIN = 0.1
+"""Between two and three standard errors of an estimate."""
 LONG_WINDOW = 32
 """Bytes that natural text hardly ever says twice."""
 ROUNDS = 64
@@ -96,6 +100,16 @@ def mix_bits(values: UInt64[np.ndarray, "N"]) -> UInt64[np.ndarray, "N"]:
     return values
 
 
+@dataclass(frozen=True)
+class Clusters:
+    """For each of N texts the first one that it is similar to, directly or through others; itself if there is none."""
+
+    near: Int64[np.ndarray, "N"]
+    """Similarity of at least the threshold, as it is estimated."""
+    akin: Int64[np.ndarray, "N"]
+    """Or less by MARGIN, so that hardly any pair of near duplicates is not akin."""
+
+
 class Signatures:
     """Signatures of texts in a file, 256 bytes each."""
 
@@ -106,17 +120,18 @@ class Signatures:
     def append(self, signature: UInt16[np.ndarray, "128"]) -> None:
         self._file.write(signature.tobytes())
 
-    def pairs(self, threshold: float, group: Int64[np.ndarray, "N"]) -> Int64[np.ndarray, "P 2"]:
-        """Pairs of texts of the same group whose similarity is estimated as at least the threshold."""
+    def clusters(self, threshold: float, group: Int64[np.ndarray, "N"]) -> Clusters:
+        """Which texts of the same group are similar, directly or through others."""
         self._file.flush()
+        near = akin = np.arange(len(group))
         if not len(group):
-            return np.zeros((0, 2), np.int64)
-        stored = np.memmap(self._path, np.uint16, "r").reshape(-1, BINS)
-        salt, found = mix_bits(group.astype(np.uint64)), []
+            return Clusters(near, akin)
+        stored, salt = np.memmap(self._path, np.uint16, "r").reshape(-1, BINS), mix_bits(group.astype(np.uint64))
         for first in range(0, BANDS, BANDS_AT_ONCE):
             for band in self._bands(first, len(group)):
-                found.append(_agreeing(mix_bits(band ^ salt), stored, threshold))
-        return np.unique(np.concatenate(found), axis=0)
+                for pairs, estimates in _agreeing(mix_bits(band ^ salt), stored, threshold):
+                    near, akin = join(near, pairs[estimates >= threshold]), join(akin, pairs[estimates >= threshold - MARGIN])
+        return Clusters(near, akin)
 
     def _bands(self, first: int, count: int) -> UInt64[np.ndarray, "8 N"]:
         """Some columns of the file, which is read through and not mapped: what is mapped counts as memory."""
@@ -128,36 +143,36 @@ class Signatures:
         return bands
 
 
-def _agreeing(keys: UInt64[np.ndarray, "N"], stored: UInt16[np.ndarray, "N 128"], threshold: float) -> Int64[np.ndarray, "P 2"]:
-    """Within each bucket of equal keys: the first text with those like it, then the first of the rest, and so on."""
+def _agreeing(
+    keys: UInt64[np.ndarray, "N"], stored: UInt16[np.ndarray, "N 128"], threshold: float
+) -> Iterator[tuple[Int64[np.ndarray, "_ 2"], Float64[np.ndarray, "_"]]]:
+    """Pairs in a bucket of equal keys, and their estimated similarity: the first text and all others, then the first of those unlike it and the rest of them."""
     order = np.argsort(keys, kind="stable")
-    found = [np.zeros((0, 2), np.int64)]
     for _ in range(ROUNDS):
         begins = np.flatnonzero(np.diff(keys[order], prepend=~keys[order[:1]]))
         sizes = np.diff(begins, append=len(order))
-        keep = np.repeat(sizes > 1, sizes)
-        leaders = np.repeat(order[begins], sizes)[keep]
-        order = order[keep]
+        leaders = np.repeat(order[begins], sizes)
+        others = leaders != order
+        leaders, order = leaders[others], order[others]
         if not len(order):
-            break
-        similar = leaders == order
+            return
+        estimates = np.empty(len(order))
         for at in range(0, len(order), ROWS_AT_ONCE):
             part = slice(at, at + ROWS_AT_ONCE)
-            similar[part] |= (stored[leaders[part]] == stored[order[part]]).mean(axis=1) >= threshold
-        pairs = np.stack([leaders, order], axis=1)[similar & (leaders != order)]
-        found.append(pairs)
-        order = order[~similar]
-    return np.concatenate(found)
+            estimates[part] = (stored[leaders[part]] == stored[order[part]]).mean(axis=1)
+        yield np.stack([leaders, order], axis=1), estimates
+        order = order[estimates < threshold]
 
 
-def clusters(count: int, pairs: Int64[np.ndarray, "P 2"]) -> Int64[np.ndarray, "N"]:
-    """For each of `count` things the smallest one that it is joined to by pairs, itself if there are none."""
-    labels = np.arange(count)
+def join(labels: Int64[np.ndarray, "N"], pairs: Int64[np.ndarray, "_ 2"]) -> Int64[np.ndarray, "N"]:
+    """Clusters that some pairs join. A cluster's label is its smallest member; np.arange(N) is everything by itself."""
+    if not len(pairs):
+        return labels
     left, right = pairs[:, 0], pairs[:, 1]
     while True:
         lower = np.minimum(labels[left], labels[right])
         joined = labels.copy()
-        for ends in (labels[left], labels[right], left, right):
+        for ends in (labels[left], labels[right]):
             np.minimum.at(joined, ends, lower)
         while not np.array_equal(joined, joined[joined]):
             joined = joined[joined]

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Int64, UInt64
 
 from minigpt_ray.config import AnySource, DatasetConfig, FiltersConfig, MixConfig, TaskSource
 from minigpt_ray.config.mix import KINDS
-from minigpt_ray.data.duplicates import Signatures, clusters, fingerprint, first_of_each, mix_bits, normalised, repetition, signature
+from minigpt_ray.data.duplicates import Signatures, fingerprint, first_of_each, join, mix_bits, normalised, repetition, signature
 from minigpt_ray.data.reasoning import apportion
 from minigpt_ray.data.records import DataError, Object
 from minigpt_ray.data.sources import Example, Unusable, Watch, read_source
@@ -89,6 +89,16 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.origin)
+
+
+@dataclass(frozen=True)
+class Similar:
+    """What comparing R rows has shown."""
+
+    near: Bool[np.ndarray, "R"]
+    """True for a near duplicate of a row of its kind that came before."""
+    joins: Int64[np.ndarray, "P 2"]
+    """Pairs of rows that must be on the same side of the split."""
 
 
 class Spool:
@@ -171,15 +181,15 @@ class Spool:
         self._lines.close()
         shutil.rmtree(self._directory)
 
-    def similar_texts(self, threshold: float, kind: Int64[np.ndarray, "R"]) -> Int64[np.ndarray, "P 2"]:
-        """Pairs of rows of the same kind, all of whose text is nearly the same."""
-        signed = np.array(self._signed_texts, np.int64)
-        return signed[self._text_signatures.pairs(threshold, kind[signed])]
-
-    def similar_prompts(self, threshold: float) -> Int64[np.ndarray, "P 2"]:
-        """Pairs of rows of any kind whose prompts are nearly the same."""
-        signed = np.array(self._signed_prompts, np.int64)
-        return signed[self._prompt_signatures.pairs(threshold, np.zeros_like(signed))]
+    def similar(self, threshold: float, kind: Int64[np.ndarray, "R"]) -> Similar:
+        """Compare the rows of each kind by all their text, and all rows by their prompts."""
+        texts, prompts = np.array(self._signed_texts, np.int64), np.array(self._signed_prompts, np.int64)
+        by_text = self._text_signatures.clusters(threshold, kind[texts])
+        by_prompt = self._prompt_signatures.clusters(threshold, np.zeros_like(prompts))
+        near = np.zeros(len(self), bool)
+        near[texts] = by_text.near != np.arange(len(texts))
+        joins = [np.stack([rows[labels], rows], axis=1) for rows, labels in ((texts, by_text.akin), (prompts, by_prompt.akin))]
+        return Similar(near, np.concatenate(joins))
 
     def write(self, rows: Int64[np.ndarray, "N"], path: Path) -> dict[str, int]:
         """Write rows in the order given; returns how many are of which source."""
@@ -220,9 +230,9 @@ class Filters:
 class Choice:
     """Which rows are written, and why others are not."""
 
-    train: dict[str, Int64[np.ndarray, "N"]]
+    train: dict[str, Int64[np.ndarray, "_"]]
     """Kind -> rows in the order in which they are written."""
-    held_out: dict[str, Int64[np.ndarray, "N"]]
+    held_out: dict[str, Int64[np.ndarray, "_"]]
     dropped: list[Counter[str]]
     """For each origin."""
     notes: list[str]
@@ -231,13 +241,13 @@ class Choice:
 
 def choose(spool: Spool, config: MixConfig) -> Choice:
     """Drop duplicates, split, take what each source was asked for, put into order. Raises DataError when a source has too little."""
-    rows, threshold = spool.rows, config.near_duplicates
-    no_pairs = np.zeros((0, 2), np.int64)
-    similar = no_pairs if threshold is None else spool.similar_texts(threshold, rows.kind)
-    prompts = no_pairs if threshold is None else spool.similar_prompts(threshold)
+    rows, apart = spool.rows, np.arange(len(spool))
+    similar = (
+        Similar(np.zeros(len(rows), bool), np.zeros((0, 2), np.int64)) if config.near_duplicates is None else spool.similar(config.near_duplicates, rows.kind)
+    )
     first = first_of_each(mix_bits(rows.text ^ mix_bits(rows.kind.astype(np.uint64))))
-    near = first & (clusters(len(rows), similar) != np.arange(len(rows)))
-    labels = clusters(len(rows), np.concatenate([similar, prompts, _joined_by(rows.prompt)]))
+    near = first & similar.near
+    labels = join(join(apart, _joined_by(rows.prompt)), similar.joins)
     held_out = sides(rows.prompt, labels, config.held_out, config.seed)
     alive = first & ~near
     dropped = [Counter(duplicate=int((~first[of]).sum()), near_duplicate=int(near[of].sum())) for of in _by_origin(rows, len(spool.origins))]
@@ -324,7 +334,7 @@ def tally(spool: Spool, choice: Choice) -> list[Tally]:
     return found
 
 
-def _by_origin(rows: Rows, count: int) -> Iterator[Int64[np.ndarray, "N"]]:
+def _by_origin(rows: Rows, count: int) -> Iterator[Int64[np.ndarray, "_"]]:
     return (np.flatnonzero(rows.origin == index) for index in range(count))
 
 

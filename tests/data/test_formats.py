@@ -73,7 +73,10 @@ def test_answers_that_are_equally_good_make_no_pair(value: Any) -> None:
         ({"prompt": "q", "responses": ["a"], "scores": [1]}, "expected a list of two or more scored answers"),
         ({"prompt": "q", "responses": ["a", "b"], "scores": [1]}, "expected a list of 2 numbers, one for each of 'responses'"),
         ({"prompt": "q", "responses": ["a", "b"], "scores": [1, "2"]}, r"answer 1 of field 'responses': its score is text \(\"2\"\)"),
-        ({"prompt": "q", "responses": [{"text": "a"}, {"text": "b"}]}, "answer 0 of field 'responses': its score is null .null., found 'text'; expected a number"),
+        (
+            {"prompt": "q", "responses": [{"text": "a"}, {"text": "b"}]},
+            "answer 0 of field 'responses': its score is null .null., found 'text'; expected a number",
+        ),
         ({"prompt": "q"}, "the fields 'prompt' are no known format; expected {prompt, chosen, rejected} or"),
     ],
 )

@@ -55,7 +55,7 @@ def test_parquet_rows_have_the_fields_that_are_not_null(tmp_path: Path) -> None:
         ({"text": "b"}, f"{path}:row 2"),
     ]
     path.write_bytes(LINES)
-    with pytest.raises(DataError, match="a.parquet: not Parquet"):
+    with pytest.raises(DataError, match=r"a\.parquet: not Parquet"):
         found(path)
 
 
@@ -70,7 +70,7 @@ def test_plain_text_is_a_document_or_is_cut_and_joined(tmp_path: Path) -> None:
 
 def test_a_text_without_text_is_empty(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n \n")
-    with pytest.raises(DataError, match="a.txt: the file is empty; expected text"):
+    with pytest.raises(DataError, match=r"a\.txt: the file is empty; expected text"):
         found(tmp_path / "a.txt")
 
 
