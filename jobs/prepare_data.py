@@ -189,7 +189,7 @@ def _texts(path: Path) -> Iterator[str]:
 def _has_sources(arguments: list[str]) -> bool:
     """Whether a command line describes a mix: reasoning-gym tasks alone need no sources."""
     try:
-        return any("sources" in location[1:2] for location in given(arguments))
+        return any("sources" in location[1:2] for location in given([word for word in arguments if not word.startswith("-")]))
     except ConfigError:
         return False  # load_config says what is wrong
 

@@ -192,8 +192,7 @@ def _pair_of_conversations(record: Record, separator: str | None) -> list[PairOf
 
 def _answer_to(prompt: list[Message], record: Record, name: str) -> Message:
     """The assistant's turn of a field that holds it as text, as messages, or at the end of the whole conversation."""
-    value = record.value[name]
-    if isinstance(value, str):
+    if not isinstance(record.value[name], list):
         return _assistant(record.text(name))
     messages = _with_last_answer(_checked(record.value[name], record, name), record, name)
     if messages[:-1] not in ([], prompt):
