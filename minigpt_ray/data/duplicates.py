@@ -29,6 +29,7 @@ ROUNDS = 64
 """Most texts of a bucket that the others in it are compared with."""
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)
+_FACTORS = np.random.default_rng(0).integers(0, 2**63, LONG_WINDOW // WINDOW, np.uint64) * np.uint64(2) + np.uint64(1)
 _BIN_BITS = BINS.bit_length() - 1
 _EDGES = np.arange(BINS, dtype=np.uint64) << np.uint64(64 - _BIN_BITS)
 _DONORS = np.random.default_rng(0).permuted(np.tile(np.arange(BINS), (BINS, 1)), axis=1).T.copy()
@@ -77,11 +78,9 @@ def repetition(text: str) -> float:
         return 0.0
     words = _windows(raw)
     count = len(raw) - LONG_WINDOW + 1
-    mixed = np.zeros(count, np.uint64)
-    for offset in range(0, LONG_WINDOW, WINDOW):
-        mixed = mix_bits(mixed ^ words[offset : offset + count])
-    mixed.sort()
-    return int((mixed[1:] == mixed[:-1]).sum()) / count
+    hashes = sum(words[part * WINDOW : part * WINDOW + count] * factor for part, factor in enumerate(_FACTORS))
+    hashes.sort()
+    return np.count_nonzero(hashes[1:] == hashes[:-1]) / count
 
 
 def _windows(raw: bytes) -> UInt64[np.ndarray, "N"]:
@@ -91,12 +90,10 @@ def _windows(raw: bytes) -> UInt64[np.ndarray, "N"]:
 
 
 def mix_bits(values: UInt64[np.ndarray, "N"]) -> UInt64[np.ndarray, "N"]:
-    """A bijection that makes every bit of the result depend on every bit."""
-    values = values ^ (values >> np.uint64(32))
-    values *= _MIX
-    values ^= values >> np.uint64(29)
-    values *= _MIX
+    """A bijection after which the first and the last bits look random."""
+    values = values * _MIX
     values ^= values >> np.uint64(32)
+    values *= _MIX
     return values
 
 
