@@ -33,12 +33,13 @@ from minigpt_ray.cli import ConfigError, given, help_text, load_config
 from minigpt_ray.config import FileSource, MixConfig, PrepareConfig, TokenizerConfig
 from minigpt_ray.data import mix_summary
 from minigpt_ray.data.formats import PAIR_FORMATS, in_one_format, recognise
-from minigpt_ray.data.mix import HELD_OUT, Spool, choose, origins, tally
+from minigpt_ray.data.mix import HELD_OUT, choose, tally
 from minigpt_ray.data.prepared import begin, check_unchanged, commit, relevant, sha256_of
 from minigpt_ray.data.reasoning import Entry, check_scores, split
 from minigpt_ray.data.records import DataError, read_records
 from minigpt_ray.data.rows import Row, read_rows, source_of
 from minigpt_ray.data.sources import ALL_FORMATS, Watch, paths
+from minigpt_ray.data.spool import Spool, origins
 from minigpt_ray.tokenizer import encode_conversation, encode_prompt, load_tokenizer, train_tokenizer
 
 STAGE = "prepare_data"

@@ -1,4 +1,4 @@
-"""Preparing a mix of any size: rows go to disk once, what decides about them stays in memory, about 50 bytes a row.
+"""Preparing a mix of any size: which rows are duplicates, on which side of the split each stands, how many are taken, in which order.
 
     spool = Spool(directory, config)
     spool.read(watch)                  # every source: filters; rows, hashes and signatures are put down
@@ -8,26 +8,19 @@
 Nothing depends on time or on the order of a set: the same config and files give the same bytes.
 """
 
-import json
-import os
-import re
-import shutil
-import zlib
-from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Int64, UInt64
 
-from minigpt_ray.config import AnySource, DatasetConfig, FiltersConfig, MixConfig, TaskSource
+from minigpt_ray.config import MixConfig
 from minigpt_ray.config.mix import KINDS
-from minigpt_ray.data.duplicates import Signatures, fingerprint, first_of_each, join, mix_bits, normalised, repetition, signature
+from minigpt_ray.data.duplicates import first_of_each, join, mix_bits
 from minigpt_ray.data.reasoning import apportion
 from minigpt_ray.data.records import DataError, Object
-from minigpt_ray.data.sources import Example, Unusable, Watch, read_source
+from minigpt_ray.data.spool import Origin, Spool
 
 HELD_OUT = {kind: "held_out" if kind == "prompts" else f"held_out_{kind}" for kind in KINDS}
 """Kind -> name of the file of its held-out rows; held_out.jsonl is what evaluation reads."""
@@ -37,193 +30,6 @@ DROPPED = (*READING, *CHOOSING)
 """Why a row was dropped: when it was read, when rows were chosen. `surplus`: more than its source was asked for."""
 LARGE_CLUSTER = 0.1
 """Share of a kind's rows in one cluster from which the split is told to be uneven."""
-
-
-@dataclass(frozen=True)
-class Origin:
-    """A source in its place in the mix."""
-
-    kind: str
-    name: str
-    source: AnySource
-    dataset: DatasetConfig
-
-    @property
-    def path(self) -> str:
-        return f"{self.kind}.sources.{self.name}"
-
-    @property
-    def templated(self) -> bool:
-        return isinstance(self.source, TaskSource) or self.source.templated
-
-    @property
-    def size(self) -> int:
-        """How many questions a task is asked for."""
-        if self.source.weight is None or self.dataset.rows is None:
-            return self.source.count or 0
-        total = sum(source.weight or 0 for source in self.dataset.sources.values())
-        return int(np.ceil(self.dataset.rows * self.source.weight / total))
-
-    def random(self, seed: int) -> np.random.Generator:
-        return np.random.default_rng([seed, zlib.crc32(self.path.encode())])
-
-
-def origins(config: MixConfig) -> list[Origin]:
-    """All sources in the order in which they are read."""
-    datasets: dict[str, DatasetConfig] = {kind: getattr(config, kind) for kind in KINDS}
-    return [Origin(kind, name, source, dataset) for kind, dataset in datasets.items() for name, source in dataset.sources.items()]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What is known of the R rows in a spool."""
-
-    origin: Int64[np.ndarray, "R"]
-    """Index into the origins."""
-    kind: Int64[np.ndarray, "R"]
-    """Index into KINDS."""
-    text: UInt64[np.ndarray, "R"]
-    """Hash of all that is in a row."""
-    prompt: UInt64[np.ndarray, "R"]
-    """Hash of what must not be on both sides of the split."""
-
-    def __len__(self) -> int:
-        return len(self.origin)
-
-
-@dataclass(frozen=True)
-class Similar:
-    """What comparing R rows has shown."""
-
-    near: Bool[np.ndarray, "R"]
-    """True for a near duplicate of a row of its kind that came before."""
-    joins: Int64[np.ndarray, "P 2"]
-    """Pairs of rows that must be on the same side of the split."""
-
-
-class Spool:
-    """Rows on disk in the order in which they were read."""
-
-    def __init__(self, directory: Path, config: MixConfig):
-        directory.mkdir(parents=True)
-        self._directory, self._config = directory, config
-        self.origins = origins(config)
-        self.dropped: list[Counter[str]] = [Counter() for _ in self.origins]
-        self.first_malformed: list[str] = ["" for _ in self.origins]
-        """For each origin the first record that was dropped as malformed, and why."""
-        self._lines = (directory / "rows").open("w+b")
-        self._ends, self._texts, self._prompts = array("Q"), array("Q"), array("Q")
-        self._origin, self._source = array("H"), array("I")
-        self._source_names: dict[str, int] = {}
-        self._answered: tuple[bool, str] | None = None  # whether the first prompt has an answer, and its place
-        self._text_signatures, self._prompt_signatures = Signatures(directory / "texts"), Signatures(directory / "prompts")
-        self._signed_texts, self._signed_prompts = array("Q"), array("Q")
-
-    def read(self, watch: Watch) -> None:
-        """Read every source. Raises DataError."""
-        for index, origin in enumerate(self.origins):
-            filters = Filters(origin.source.filters)
-            for outcome in read_source(origin.kind, origin.name, origin.source, origin.size, self._config.seed, watch):
-                if isinstance(outcome, Unusable):
-                    self.dropped[index][outcome.reason] += 1
-                    if outcome.reason == "malformed":
-                        self.first_malformed[index] = self.first_malformed[index] or outcome.sentence
-                    continue
-                text = normalised(outcome.text)
-                if reason := filters.reason(outcome.text, text):
-                    self.dropped[index][reason] += 1
-                else:
-                    self._add(index, outcome, text)
-        self._lines.flush()
-
-    def _add(self, index: int, example: Example, text: str) -> None:
-        origin, row = self.origins[index], len(self)
-        value = example.value if origin.kind != "prompts" else self._with_or_without_answer(example)
-        line = json.dumps(value, ensure_ascii=False).encode() + b"\n"
-        self._lines.write(line)
-        self._ends.append(len(line) + (self._ends[-1] if row else 0))
-        prompt = text if example.prompt == example.text else normalised(example.prompt)
-        self._texts.append(fingerprint(text))
-        self._prompts.append(self._texts[-1] if prompt is text else fingerprint(prompt))
-        self._origin.append(index)
-        self._source.append(self._source_names.setdefault(value["source"], len(self._source_names)))
-        if self._config.near_duplicates is None or origin.templated:
-            return
-        signed = signature(text)
-        self._text_signatures.append(signed)
-        self._signed_texts.append(row)
-        if origin.kind != "documents":
-            self._prompt_signatures.append(signed if prompt is text else signature(prompt))
-            self._signed_prompts.append(row)
-
-    def _with_or_without_answer(self, example: Example) -> Object:
-        """The value of a prompt. Raises DataError where some have answers and others have not: a file keeps to one format."""
-        if self._config.prompts.answers == "drop":
-            return {name: value for name, value in example.value.items() if name != "answer"}
-        has = "answer" in example.value
-        self._answered = self._answered or (has, example.place)
-        if has != self._answered[0]:
-            with_answer, without = (example.place, self._answered[1]) if has else (self._answered[1], example.place)
-            raise DataError(f"{without}: the prompt has no answer to verify, but that of {with_answer} has; set prompts.answers=drop, or make them in two runs")
-        return example.value
-
-    def __len__(self) -> int:
-        return len(self._origin)
-
-    @property
-    def rows(self) -> Rows:
-        origin = np.array(self._origin, np.int64)
-        kinds = np.array([KINDS.index(origin.kind) for origin in self.origins])
-        return Rows(origin, kinds[origin], np.array(self._texts, np.uint64), np.array(self._prompts, np.uint64))
-
-    def close(self) -> None:
-        """Remove what is on disk."""
-        self._lines.close()
-        shutil.rmtree(self._directory)
-
-    def similar(self, threshold: float, kind: Int64[np.ndarray, "R"]) -> Similar:
-        """Compare the rows of each kind by all their text, and all rows by their prompts."""
-        texts, prompts = np.array(self._signed_texts, np.int64), np.array(self._signed_prompts, np.int64)
-        by_text = self._text_signatures.clusters(threshold, kind[texts])
-        by_prompt = self._prompt_signatures.clusters(threshold, np.zeros_like(prompts))
-        near = np.zeros(len(self), bool)
-        near[texts] = by_text.near != np.arange(len(texts))
-        joins = [np.stack([rows[labels], rows], axis=1) for rows, labels in ((texts, by_text.akin), (prompts, by_prompt.akin))]
-        return Similar(near, np.concatenate(joins))
-
-    def write(self, rows: Int64[np.ndarray, "N"], path: Path) -> dict[str, int]:
-        """Write rows in the order given; returns how many are of which source."""
-        ends = np.array(self._ends, np.int64)
-        begins = np.concatenate([[0], ends[:-1]])
-        with path.open("wb") as file:
-            for begin, end in zip(begins[rows].tolist(), ends[rows].tolist(), strict=True):
-                file.write(os.pread(self._lines.fileno(), end - begin, begin))
-        counts = np.bincount(np.array(self._source, np.int64)[rows], minlength=len(self._source_names))
-        return {name: int(counts[number]) for name, number in sorted(self._source_names.items()) if counts[number]}
-
-
-class Filters:
-    """The filters of a source, ready for use."""
-
-    def __init__(self, config: FiltersConfig):
-        self._config = config
-        self._keep, self._drop = ([re.compile(pattern) for pattern in patterns] for patterns in (config.keep, config.drop))
-
-    def reason(self, text: str, even: str) -> str | None:
-        """Why a row is left out, None if it is not; `even` is its normalised text."""
-        config = self._config
-        if len(text) < config.min_characters:
-            return "too_short"
-        if config.max_characters is not None and len(text) > config.max_characters:
-            return "too_long"
-        if not all(pattern.search(text) for pattern in self._keep) or any(pattern.search(text) for pattern in self._drop):
-            return "pattern"
-        if config.max_repetition < 1 and repetition(even) > config.max_repetition:
-            return "repetitive"
-        return None
-
-
-# -------------------------------------------------------------------------------------------------------- choosing
 
 
 @dataclass(frozen=True)
@@ -241,33 +47,29 @@ class Choice:
 
 def choose(spool: Spool, config: MixConfig) -> Choice:
     """Drop duplicates, split, take what each source was asked for, put into order. Raises DataError when a source has too little."""
-    rows, apart = spool.rows, np.arange(len(spool))
-    similar = (
-        Similar(np.zeros(len(rows), bool), np.zeros((0, 2), np.int64)) if config.near_duplicates is None else spool.similar(config.near_duplicates, rows.kind)
-    )
+    rows = spool.rows
+    similar = spool.similar(rows.kind)
     first = first_of_each(mix_bits(rows.text ^ mix_bits(rows.kind.astype(np.uint64))))
     near = first & similar.near
-    labels = join(join(apart, _joined_by(rows.prompt)), similar.joins)
+    labels = join(join(np.arange(len(rows)), _joined_by(rows.prompt)), similar.joins)
     held_out = sides(rows.prompt, labels, config.held_out, config.seed)
-    alive = first & ~near
-    dropped = [Counter(duplicate=int((~first[of]).sum()), near_duplicate=int(near[of].sum())) for of in _by_origin(rows, len(spool.origins))]
 
+    members = [np.flatnonzero(rows.origin == index) for index in range(len(spool.origins))]
+    available = [part[(first & ~near)[part]] for part in members]
+    dropped = [Counter(duplicate=int((~first[part]).sum()), near_duplicate=int(near[part].sum())) for part in members]
     train, aside, notes = {}, {}, []
     for number, kind in enumerate(KINDS):
-        mine = [(index, origin) for index, origin in enumerate(spool.origins) if origin.kind == kind]
+        mine = [index for index, origin in enumerate(spool.origins) if origin.kind == kind]
         if not mine:
             continue
-        available = [np.flatnonzero(alive & (rows.origin == index)) for index, _ in mine]
-        amounts = take([origin for _, origin in mine], [len(part) for part in available])
-        taken = []
-        for (index, origin), part, amount in zip(mine, available, amounts, strict=True):
-            dropped[index]["surplus"] = max(0, len(part) - amount)
-            taken.append(np.resize(origin.random(config.seed).permutation(part), amount))
-        chosen = np.concatenate(taken)
-        chosen = np.random.default_rng([config.seed, number]).permutation(chosen)
-        train[kind] = chosen[~held_out[chosen]]
-        aside[kind] = chosen[held_out[chosen]]
-        aside[kind] = aside[kind][np.sort(np.unique(aside[kind], return_index=True)[1])]  # what is repeated, once
+        amounts = take([spool.origins[index] for index in mine], [len(available[index]) for index in mine])
+        if not sum(amounts):
+            raise DataError(f"{kind}: no row is left of {sum(len(members[index]) for index in mine)} that the filters let through; loosen the filters")
+        for index, amount in zip(mine, amounts, strict=True):
+            dropped[index]["surplus"] = max(0, len(available[index]) - amount)
+        taken = [_draw(spool.origins[index], available[index], amount, config.seed) for index, amount in zip(mine, amounts, strict=True)]
+        chosen = np.random.default_rng([config.seed, number]).permutation(np.concatenate(taken))
+        train[kind], aside[kind] = chosen[~held_out[chosen]], _once(chosen[held_out[chosen]])
         notes += _uneven(kind, chosen, labels)
     return Choice(train, aside, dropped, notes)
 
@@ -334,8 +136,14 @@ def tally(spool: Spool, choice: Choice) -> list[Tally]:
     return found
 
 
-def _by_origin(rows: Rows, count: int) -> Iterator[Int64[np.ndarray, "_"]]:
-    return (np.flatnonzero(rows.origin == index) for index in range(count))
+def _draw(origin: Origin, rows: Int64[np.ndarray, "_"], amount: int, seed: int) -> Int64[np.ndarray, "_"]:
+    """Some of the rows, by chance; all of them before one comes again."""
+    return np.resize(origin.random(seed).permutation(rows), amount)
+
+
+def _once(rows: Int64[np.ndarray, "_"]) -> Int64[np.ndarray, "_"]:
+    """Without what is repeated."""
+    return rows[np.sort(np.unique(rows, return_index=True)[1])]
 
 
 def _joined_by(values: UInt64[np.ndarray, "R"]) -> Int64[np.ndarray, "P 2"]:

@@ -12,8 +12,9 @@ import pytest
 from minigpt_ray.cli import read_config
 from minigpt_ray.config import FileSource, FiltersConfig, MixConfig
 from minigpt_ray.data.duplicates import MARGIN, normalised
-from minigpt_ray.data.mix import HELD_OUT, Choice, Filters, Spool, Tally, choose, origins, sides, take, tally
+from minigpt_ray.data.mix import HELD_OUT, Choice, Tally, choose, sides, take, tally
 from minigpt_ray.data.records import DataError
+from minigpt_ray.data.spool import Filters, Spool, origins
 from tests.data.test_duplicates import prose, windows
 
 
@@ -268,6 +269,12 @@ def test_what_each_source_gives() -> None:
 def test_too_little_is_refused(available: list[int], rows: int | None, sources: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         amounts(available, rows, **sources)
+
+
+def test_a_mix_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
+    source = {**file(tmp_path / "a.jsonl", texts(3)), "filters": {"min_characters": 1000}}
+    with pytest.raises(DataError, match="documents: no row is left of 0 that the filters let through; loosen the filters"):
+        made(tmp_path, documents={"sources": {"s": source}})
 
 
 def test_repeated_rows_are_held_out_once(tmp_path: Path) -> None:
