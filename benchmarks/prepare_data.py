@@ -8,6 +8,7 @@ duplicate of an earlier one. It lies below outputs/bench and is removed at the e
 """
 
 import argparse
+import itertools
 import json
 import resource
 import shutil
@@ -24,8 +25,10 @@ from benchmarks.processes import watch
 
 OUTPUT = Path("outputs") / "bench" / "prepare_data"
 LIMIT_GIB = 2.0
-WORDS = 200_000
-MEAN_WORDS = 350
+WORDS = 20_000
+SENTENCES = 50_000
+SENTENCE_WORDS = 12
+MEAN_SENTENCES = 30
 KEPT = 1000
 """Documents that may be repeated."""
 FILTERS = "{min_characters: 20, max_characters: 1000000, max_repetition: 0.5, drop: ['lorem ipsum']}"
@@ -79,23 +82,21 @@ def write_documents(path: Path, size: int) -> int:
 
 
 def documents(seed: int) -> Iterator[str]:
-    """Texts without end."""
+    """Texts without end, of sentences out of many."""
     random = np.random.default_rng(seed)
     letters = np.array(list("etaoinshrdlcumwfgypbvk"))
-    words = ["".join(random.choice(letters, 2 + random.poisson(3))) for _ in range(WORDS)]
+    words = np.array(["".join(random.choice(letters, 2 + random.poisson(3))) for _ in range(WORDS)])
     frequencies = 1 / np.arange(1, WORDS + 1)
-    cumulated = np.cumsum(frequencies / frequencies.sum())
+    drawn = random.choice(words, (SENTENCES, SENTENCE_WORDS), p=frequencies / frequencies.sum())
+    sentences = [" ".join(sentence) + "." for sentence in drawn.tolist()]
     kept: list[list[str]] = []
-    number = 0
-    while True:
-        number += 1
-        if number % 20 == 0 or number % 20 == 10:
-            text = list(kept[random.integers(len(kept))])
-            if number % 20 == 10:
-                text[random.integers(len(text))] = "changed"
+    for number in itertools.count(1):
+        if number % 20 == 0:
+            text = kept[random.integers(len(kept))]
+        elif number % 20 == 10:
+            text = [*kept[random.integers(len(kept))], f"Changed {number}."]
         else:
-            length = 20 + int(random.exponential(MEAN_WORDS - 20))
-            text = [words[min(place, WORDS - 1)] for place in np.searchsorted(cumulated, random.random(length))]
+            text = [sentences[place] for place in random.integers(0, SENTENCES, 2 + int(random.exponential(MEAN_SENTENCES - 2)))]
             if len(kept) < KEPT:
                 kept.append(text)
             else:

@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,12 @@ from transformers import PreTrainedTokenizerBase
 from minigpt_ray.cli import ConfigError, given, help_text, load_config
 from minigpt_ray.config import FileSource, MixConfig, PrepareConfig, TokenizerConfig
 from minigpt_ray.data import mix_summary
-from minigpt_ray.data.formats import PAIR_FORMATS, in_one_format, recognise
+from minigpt_ray.data.contents import contents_of
 from minigpt_ray.data.mix import HELD_OUT, choose, tally
 from minigpt_ray.data.prepared import begin, check_unchanged, commit, relevant, sha256_of
 from minigpt_ray.data.reasoning import Entry, check_scores, split
-from minigpt_ray.data.records import DataError, read_records
-from minigpt_ray.data.rows import Row, read_rows, source_of
-from minigpt_ray.data.sources import ALL_FORMATS, Watch, paths
+from minigpt_ray.data.records import DataError
+from minigpt_ray.data.sources import Watch, paths
 from minigpt_ray.data.spool import Spool, origins
 from minigpt_ray.tokenizer import encode_conversation, encode_prompt, load_tokenizer, train_tokenizer
 
@@ -230,35 +228,14 @@ def _task(entry: Entry) -> str:
 # --------------------------------------------------------------------------------------------------------- check
 
 
-@dataclass(frozen=True)
-class Contents:
-    """What a file holds."""
-
-    rows: int
-    sources: Counter[str]
-    lengths: dict[str, list[int]]
-    """By what is measured."""
-    first: list[tuple[str, str]]
-    """Name and text of each part of the first row."""
-    verdict: str
-    """What the rows serve for."""
-
-
 def check(path: Path, tokenizer_path: Path | None, separator: str | None) -> None:
     """Print what the file is: fields, format, sources, lengths, first row. Raises DataError when it cannot be used."""
     tokenizer = None if tokenizer_path is None else _tokenizer(tokenizer_path)
-    separator = None if separator is None else separator.replace("\\n", "\n").replace("\\t", "\t")
-    first = next(read_records(path))
-    format = recognise(first, ALL_FORMATS)
-    types: dict[str, Counter[str]] = {}
-    for record in read_records(path):
-        for name, value in record.value.items():
-            types.setdefault(name, Counter())[type(value).__name__] += 1
-    contents = _pairs(path, tokenizer) if format in PAIR_FORMATS else _rows(path, tokenizer, separator, format)
+    contents = contents_of(path, tokenizer, None if separator is None else separator.replace("\\n", "\n").replace("\\t", "\t"))
 
-    console.print(f"{path}: {contents.rows} rows, format {format!r}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{path}: {contents.rows} rows, format {contents.format!r}", markup=False, highlight=False, soft_wrap=True)
     fields = Table("field", "types and rows")
-    for name, kinds in types.items():
+    for name, kinds in contents.types.items():
         fields.add_row(escape(name), ", ".join(f"{kind} {count}" for kind, count in kinds.items()))
     sources = Table("source", "rows")
     for source, count in contents.sources.most_common():
@@ -268,67 +245,10 @@ def check(path: Path, tokenizer_path: Path | None, separator: str | None) -> Non
         quantiles.add_row(name, *(f"{value:.0f}" for value in np.quantile(values, QUANTILES, method="higher")))
     for table in (fields, sources, quantiles):
         console.print(table)
-    console.print(f"first row ({first.place})", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"first row ({contents.place})", markup=False, highlight=False, soft_wrap=True)
     for name, text in contents.first:
         console.print(f"  {name}: {textwrap.shorten(text, 300)}", markup=False, highlight=False, soft_wrap=True)
     console.print(contents.verdict, markup=False, highlight=False, soft_wrap=True)
-
-
-def _rows(path: Path, tokenizer: PreTrainedTokenizerBase | None, separator: str | None, format: str) -> Contents:
-    """Of a file of conversations."""
-    rows = list(read_rows([path], separator))
-    parts = [*((message["role"], message["content"]) for message in rows[0].messages), ("answer", str(rows[0].answer))]
-    return Contents(len(rows), Counter(row.source for row in rows), measure(rows, tokenizer), parts, verdict(rows, format))
-
-
-def _pairs(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> Contents:
-    """Of a file of better and worse answers."""
-    sources: Counter[str] = Counter()
-    lengths: dict[str, list[int]] = {"prompt": [], "chosen, with its prompt": [], "rejected, with its prompt": []}
-    first: list[tuple[str, str]] = []
-    ties = 0
-    for record, format in in_one_format(read_records(path), PAIR_FORMATS):
-        pairs = PAIR_FORMATS[format].read(record, None)
-        ties += not pairs
-        for pair in pairs:
-            sources[source_of(record, path.stem)] += 1
-            first = first or [(message["role"], message["content"]) for message in pair.prompt] + [
-                (n, getattr(pair, n)["content"]) for n in ("chosen", "rejected")
-            ]
-            whole = [[*pair.prompt, pair.chosen], [*pair.prompt, pair.rejected]]
-            sizes = [_bytes(m) if tokenizer is None else len(encode_conversation(tokenizer, m).token_ids) for m in whole]
-            prompt = _bytes(pair.prompt) if tokenizer is None else len(encode_prompt(tokenizer, pair.prompt))
-            for values, size in zip(lengths.values(), (prompt, *sizes), strict=True):
-                values.append(size)
-    if not sources:
-        raise DataError(f"{path}: in each of {ties} rows the answers are equally good; expected a better and a worse one")
-    left_out = f"; {ties} rows whose answers are equally good are left out" if ties else ""
-    return Contents(sources.total(), sources, lengths, first, f"usable: pairs for DPO and reward models, as preferences of a mix{left_out}")
-
-
-def measure(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase | None) -> dict[str, list[int]]:
-    """Lengths of prompts and demonstrations: tokens with the chat template, or bytes of the text. Raises DataError."""
-    lengths: dict[str, list[int]] = {"prompt": [], "demonstration": []}
-    for row in rows:
-        try:
-            if row.answer is not None and "metadata" in row.answer:
-                check_scores(row.answer)
-            lengths["prompt"].append(_bytes(row.prompt) if tokenizer is None else len(encode_prompt(tokenizer, row.prompt)))
-            if row.is_demonstration:
-                lengths["demonstration"].append(_bytes(row.messages) if tokenizer is None else len(encode_conversation(tokenizer, row.messages).token_ids))
-        except ValueError as error:
-            raise DataError(f"{row.place}: {error}") from error
-    return {name: values for name, values in lengths.items() if values}
-
-
-def verdict(rows: Sequence[Row], format: str) -> str:
-    """What the rows serve for."""
-    demonstrations, verifiable = sum(row.is_demonstration for row in rows), sum(row.answer is not None for row in rows)
-    uses = ["documents for a mix"] if format == "text" else []
-    uses += ["prompts for PPO and evaluation"]
-    uses += ["their answers can be verified"] if verifiable == len(rows) else [f"{verifiable} of {len(rows)} answers can be verified"]
-    uses += ["demonstrations for SFT"] if demonstrations == len(rows) else [f"{demonstrations} of {len(rows)} are demonstrations, and SFT needs all"]
-    return f"usable: {'; '.join(uses)}"
 
 
 def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -336,10 +256,6 @@ def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
         return load_tokenizer(path)
     except (ValueError, OSError) as error:
         raise DataError(f"--tokenizer: {error}") from error
-
-
-def _bytes(messages: Sequence[Mapping[str, str]]) -> int:
-    return sum(len(message["content"].encode()) for message in messages)
 
 
 if __name__ == "__main__":

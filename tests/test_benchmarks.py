@@ -65,5 +65,5 @@ def test_a_program_that_fails_ends_the_benchmark_with_its_log(tmp_path: Path) ->
 def test_of_the_documents_to_prepare_every_20th_is_a_duplicate_and_every_20th_nearly_one() -> None:
     texts = list(itertools.islice(documents(0), 200))
     assert len(set(texts)) == 200 - 10
-    assert sum("changed" in text for text in texts) == 10
+    assert sum("Changed" in text for text in texts) == 10
     assert 150 < np.mean([len(text.split()) for text in texts]) < 600

@@ -63,13 +63,16 @@ def choose(spool: Spool, config: MixConfig) -> Choice:
         if not mine:
             continue
         amounts = take([spool.origins[index] for index in mine], [len(available[index]) for index in mine])
-        if not sum(amounts):
-            raise DataError(f"{kind}: no row is left of {sum(len(members[index]) for index in mine)} that the filters let through; loosen the filters")
         for index, amount in zip(mine, amounts, strict=True):
             dropped[index]["surplus"] = max(0, len(available[index]) - amount)
         taken = [_draw(spool.origins[index], available[index], amount, config.seed) for index, amount in zip(mine, amounts, strict=True)]
         chosen = np.random.default_rng([config.seed, number]).permutation(np.concatenate(taken))
         train[kind], aside[kind] = chosen[~held_out[chosen]], _once(chosen[held_out[chosen]])
+        if not len(train[kind]):
+            read = sum(len(members[index]) for index in mine)
+            raise DataError(
+                f"{kind}: of {read} rows that the filters let through none is left to train on, {len(aside[kind])} are held out; loosen the filters"
+            )
         notes += _uneven(kind, chosen, labels)
     return Choice(train, aside, dropped, notes)
 

@@ -273,7 +273,7 @@ def test_too_little_is_refused(available: list[int], rows: int | None, sources: 
 
 def test_a_mix_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
     source = {**file(tmp_path / "a.jsonl", texts(3)), "filters": {"min_characters": 1000}}
-    with pytest.raises(DataError, match="documents: no row is left of 0 that the filters let through; loosen the filters"):
+    with pytest.raises(DataError, match="documents: of 0 rows that the filters let through none is left to train on, 0 are held out; loosen"):
         made(tmp_path, documents={"sources": {"s": source}})
 
 
