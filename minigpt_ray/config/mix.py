@@ -158,7 +158,7 @@ class MixConfig(JobConfig):
     prompts: PromptDatasetConfig = PromptDatasetConfig()
     """{"prompt", "answer", "source"} for PPO and evaluation."""
     held_out: float = Field(default=0.02, ge=0, lt=1)
-    """Share of the rows that is kept from training. Rows with the same or nearly the same prompt are on the same side, whatever they are used for."""
+    """Share of the rows that is kept from training. Conversations that the user begins in the same or nearly the same way are on the same side, whatever they are used for."""
     near_duplicates: float | None = Field(default=0.8, ge=0.5, le=1)
     """Similarity (Jaccard, of runs of 8 bytes) from which rows are near duplicates, of which one is kept; null: only exact ones."""
     tokenizer: TokenizerConfig | None = None

@@ -51,8 +51,8 @@ def choose(spool: Spool, config: MixConfig) -> Choice:
     similar = spool.similar(rows.kind)
     first = first_of_each(mix_bits(rows.text ^ mix_bits(rows.kind.astype(np.uint64))))
     near = first & similar.near
-    labels = join(join(np.arange(len(rows)), _joined_by(rows.prompt)), similar.joins)
-    held_out = sides(rows.prompt, labels, config.held_out, config.seed)
+    labels = join(join(np.arange(len(rows)), _joined_by(rows.opening)), similar.joins)
+    held_out = sides(rows.opening, labels, config.held_out, config.seed)
 
     members = [np.flatnonzero(rows.origin == index) for index in range(len(spool.origins))]
     available = [part[(first & ~near)[part]] for part in members]
@@ -77,10 +77,10 @@ def choose(spool: Spool, config: MixConfig) -> Choice:
     return Choice(train, aside, dropped, notes)
 
 
-def sides(prompt: UInt64[np.ndarray, "R"], labels: Int64[np.ndarray, "R"], share: float, seed: int) -> Bool[np.ndarray, "R"]:
+def sides(opening: UInt64[np.ndarray, "R"], labels: Int64[np.ndarray, "R"], share: float, seed: int) -> Bool[np.ndarray, "R"]:
     """Which rows are held out: a hash decides for each cluster, so that it does not matter what else there is, or in which order."""
-    smallest = np.full(len(prompt), ~np.uint64(0))
-    np.minimum.at(smallest, labels, prompt)
+    smallest = np.full(len(opening), ~np.uint64(0))
+    np.minimum.at(smallest, labels, opening)
     return mix_bits(smallest[labels] ^ mix_bits(np.array([seed], np.uint64))) < np.uint64(int(share * 2**64))
 
 
@@ -165,5 +165,5 @@ def _uneven(kind: str, chosen: Int64[np.ndarray, "N"], labels: Int64[np.ndarray,
     if share < LARGE_CLUSTER:
         return []
     return [
-        f"{kind}: {share:.0%} of the rows have the same or nearly the same prompt and so are on one side of the split; where prompts come from a template, set templated=true on their source"
+        f"{kind}: {share:.0%} of the rows begin in the same or nearly the same way and so are on one side of the split; where that comes from a template, set templated=true on their source"
     ]

@@ -13,7 +13,7 @@ from minigpt_ray.config.mix import KINDS
 from minigpt_ray.data.mix import DROPPED, Tally
 
 TRAIN, HELD_OUT = "#2563eb", "#059669"
-LOST = ("#7f1d1d", "#b91c1c", "#ea580c", "#f59e0b", "#ca8a04", "#a16207", "#9ca3af", "#d1d5db", "#e5e7eb")
+LOST = ("#7f1d1d", "#b91c1c", "#ea580c", "#f59e0b", "#ca8a04", "#a16207", "#4b5563", "#9ca3af", "#e5e7eb")
 """Colours of DROPPED, in its order."""
 
 
@@ -57,6 +57,6 @@ def plot(tallies: Sequence[Tally], path: Path) -> None:
         fate.set_yticks(places, [f"{tally.kind}: {tally.name}" for tally in tallies], parse_math=False)
         fate.invert_yaxis()
         fate.set(title="What became of the rows", xlabel="% of the source's rows", xlim=(0, 100))
-        share.set(title="Training rows", xlabel="% of the kind", xlim=(0, 120))
+        share.set(title="Training rows", xlabel="% of the kind", xlim=(0, 120), xticks=range(0, 101, 20))
         figure.legend(loc="outside lower center", ncols=6, frameon=False)
         figure.savefig(path, format="svg", metadata={"Date": None})

@@ -33,9 +33,11 @@ class Example:
     value: Object
     """What is written."""
     text: str
-    """All that is in it, for filters and duplicates."""
-    prompt: str
-    """What must not be on both sides of the split."""
+    """All that is in it, for filters."""
+    said: str
+    """The same without the system's turn, which many rows may have in common: what makes two rows duplicates."""
+    opening: str
+    """The user's first turn, or a whole document: what must not be on both sides of the split."""
     place: str
 
 
@@ -150,7 +152,7 @@ def _mapped(record: Record, fields: dict[str, str]) -> Record:
 
 def _document(item: Conversation | PairOfAnswers, source: str, place: str) -> Example:
     text = _text(_answered(item))
-    return Example({"text": text, "source": source}, text, text, place)
+    return Example({"text": text, "source": source}, text, text, text, place)
 
 
 def _demonstration(item: Conversation | PairOfAnswers, source: str, place: str) -> Example:
@@ -159,22 +161,27 @@ def _demonstration(item: Conversation | PairOfAnswers, source: str, place: str) 
         raise DataError(
             f"{place}: the row has no answer of the assistant, which demonstrations need; use it for prompts or documents, or name the answer in fields"
         )
-    return Example({"messages": messages, "source": source}, _text(messages), _text(messages[:-1]), place)
+    return _example({"messages": messages, "source": source}, messages, place)
 
 
 def _preference(item: Conversation | PairOfAnswers, source: str, place: str) -> Example:
     if not isinstance(item, PairOfAnswers):
         raise DataError(f"{place}: the row has one answer, but preferences need a better and a worse one; name both in fields as chosen and rejected")
     value = {"prompt": item.prompt, "chosen": [item.chosen], "rejected": [item.rejected], "source": source}
-    return Example(value, _text([*item.prompt, item.chosen, item.rejected]), _text(item.prompt), place)
+    return _example(value, [*item.prompt, item.chosen, item.rejected], place)
 
 
 def _prompt(item: Conversation | PairOfAnswers, source: str, place: str) -> Example:
     messages, answer = (item.prompt, None) if isinstance(item, PairOfAnswers) else item
     messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     prompt = messages[0]["content"] if len(messages) == 1 else messages
-    text = _text(messages)
-    return Example({"prompt": prompt, **({"answer": answer} if answer else {}), "source": source}, text, text, place)
+    return _example({"prompt": prompt, **({"answer": answer} if answer else {}), "source": source}, messages, place)
+
+
+def _example(value: Object, messages: Sequence[Message], place: str) -> Example:
+    said = [message for message in messages if message["role"] != "system"]
+    opening = next(message["content"] for message in messages if message["role"] == "user")
+    return Example(value, _text(messages), _text(said), opening, place)
 
 
 MAKE: dict[str, Callable[[Conversation | PairOfAnswers, str, str], Example]] = {

@@ -64,8 +64,8 @@ class Rows:
     kind: Int64[np.ndarray, "R"]
     """Index into KINDS."""
     text: UInt64[np.ndarray, "R"]
-    """Hash of all that is in a row."""
-    prompt: UInt64[np.ndarray, "R"]
+    """Hash of what makes two rows duplicates."""
+    opening: UInt64[np.ndarray, "R"]
     """Hash of what must not be on both sides of the split."""
 
     def __len__(self) -> int:
@@ -93,12 +93,12 @@ class Spool:
         self.first_malformed: list[str] = ["" for _ in self.origins]
         """For each origin the first record that was dropped as malformed, and why."""
         self._lines = (directory / "rows").open("w+b")
-        self._ends, self._texts, self._prompts = array("Q"), array("Q"), array("Q")
+        self._ends, self._texts, self._openings = array("Q"), array("Q"), array("Q")
         self._origin, self._source = array("H"), array("I")
         self._source_names: dict[str, int] = {}
         self._answered: tuple[bool, str] | None = None  # whether the first prompt has an answer, and its place
-        self._text_signatures, self._prompt_signatures = Signatures(directory / "texts"), Signatures(directory / "prompts")
-        self._signed_texts, self._signed_prompts = array("Q"), array("Q")
+        self._text_signatures, self._opening_signatures = Signatures(directory / "texts"), Signatures(directory / "openings")
+        self._signed_texts, self._signed_openings = array("Q"), array("Q")
 
     def read(self, watch: Watch) -> None:
         """Read every source. Raises DataError."""
@@ -110,32 +110,32 @@ class Spool:
                     if outcome.reason == "malformed":
                         self.first_malformed[index] = self.first_malformed[index] or outcome.sentence
                     continue
-                text = normalised(outcome.text)
-                if reason := filters.reason(outcome.text, text):
+                even = normalised(outcome.text)
+                if reason := filters.reason(outcome.text, even):
                     self.dropped[index][reason] += 1
                 else:
-                    self._add(index, outcome, text)
+                    said = even if outcome.said == outcome.text else normalised(outcome.said)
+                    self._add(index, outcome, said, said if outcome.opening == outcome.said else normalised(outcome.opening))
         self._lines.flush()
 
-    def _add(self, index: int, example: Example, text: str) -> None:
+    def _add(self, index: int, example: Example, said: str, opening: str) -> None:
         origin, row = self.origins[index], len(self)
         value = example.value if origin.kind != "prompts" else self._with_or_without_answer(example)
         line = json.dumps(value, ensure_ascii=False).encode() + b"\n"
         self._lines.write(line)
         self._ends.append(len(line) + (self._ends[-1] if row else 0))
-        prompt = text if example.prompt == example.text else normalised(example.prompt)
-        self._texts.append(fingerprint(text))
-        self._prompts.append(self._texts[-1] if prompt is text else fingerprint(prompt))
+        self._texts.append(fingerprint(said))
+        self._openings.append(fingerprint(opening))
         self._origin.append(index)
         self._source.append(self._source_names.setdefault(value["source"], len(self._source_names)))
         if self._config.near_duplicates is None or origin.templated:
             return
-        signed = signature(text)
+        signed = signature(said)
         self._text_signatures.append(signed)
         self._signed_texts.append(row)
         if origin.kind != "documents":
-            self._prompt_signatures.append(signed if prompt is text else signature(prompt))
-            self._signed_prompts.append(row)
+            self._opening_signatures.append(signed if opening is said else signature(opening))
+            self._signed_openings.append(row)
 
     def _with_or_without_answer(self, example: Example) -> Object:
         """The value of a prompt. Raises DataError where some have answers and others have not: a file keeps to one format."""
@@ -155,7 +155,7 @@ class Spool:
     def rows(self) -> Rows:
         origin = np.array(self._origin, np.int64)
         kinds = np.array([KINDS.index(origin.kind) for origin in self.origins])
-        return Rows(origin, kinds[origin], np.array(self._texts, np.uint64), np.array(self._prompts, np.uint64))
+        return Rows(origin, kinds[origin], np.array(self._texts, np.uint64), np.array(self._openings, np.uint64))
 
     def close(self) -> None:
         """Remove what is on disk."""
@@ -163,16 +163,16 @@ class Spool:
         shutil.rmtree(self._directory)
 
     def similar(self, kind: Int64[np.ndarray, "R"]) -> Similar:
-        """Compare the rows of each kind by all their text, and all rows by their prompts; none where only exact duplicates count."""
+        """Compare the rows of each kind by all their text, and all rows by their openings; nothing where only exact duplicates count."""
         threshold = self._config.near_duplicates
         if threshold is None:
             return Similar(np.zeros(len(self), bool), np.zeros((0, 2), np.int64))
-        texts, prompts = np.array(self._signed_texts, np.int64), np.array(self._signed_prompts, np.int64)
+        texts, openings = np.array(self._signed_texts, np.int64), np.array(self._signed_openings, np.int64)
         by_text = self._text_signatures.clusters(threshold, kind[texts])
-        by_prompt = self._prompt_signatures.clusters(threshold, np.zeros_like(prompts))
+        by_opening = self._opening_signatures.clusters(threshold, np.zeros_like(openings))
         near = np.zeros(len(self), bool)
         near[texts] = by_text.near != np.arange(len(texts))
-        joins = [np.stack([rows[labels], rows], axis=1) for rows, labels in ((texts, by_text.akin), (prompts, by_prompt.akin))]
+        joins = [np.stack([rows[labels], rows], axis=1) for rows, labels in ((texts, by_text.akin), (openings, by_opening.akin))]
         return Similar(near, np.concatenate(joins))
 
     def write(self, rows: Int64[np.ndarray, "N"], path: Path) -> dict[str, int]:

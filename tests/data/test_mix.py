@@ -186,7 +186,7 @@ def noisy(text: str, seed: int) -> str:
 
 
 def test_nothing_leaks_across_the_split(tmp_path: Path) -> None:
-    """Pairs of rows of any kind, one trained on and one held out, never have the same prompt, nor nearly the same."""
+    """Two rows of any kinds, one trained on and one held out, never have the same prompt, nor nearly the same."""
     prompts = [noisy(prose(600, n // 4), n) for n in range(160)]
     questions = [{"question": prompt, "answer": prose(300, 5000 + n)} for n, prompt in enumerate(prompts)]
     pairs = [{"prompt": noisy(prompt, 7 * n), "chosen": prose(90, n), "rejected": prose(90, -n % 999)} for n, prompt in enumerate(prompts)]
@@ -210,6 +210,22 @@ def test_nothing_leaks_across_the_split(tmp_path: Path) -> None:
     assert largest_similarity(trained, held_out) < 0.8
 
 
+def test_a_dialogue_that_was_cut_at_several_turns_is_on_one_side(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": prose(60, n)} for n in range(300) for role in ("user", "assistant")]
+    dialogues = [[{**turn, "content": f"{turn['content']} {d}"} for turn in turns[6 * d : 6 * d + 6]] for d in range(100)]
+    rows = [{"messages": dialogue[: 2 * depth]} for dialogue in dialogues for depth in (1, 2, 3)]
+    written, _, _ = made(tmp_path, held_out=0.3, demonstrations={"sources": {"s": file(tmp_path / "a.jsonl", rows)}})
+    openings = [{row["messages"][0]["content"] for row in written[name]} for name in ("demonstrations", "held_out_demonstrations")]
+    assert len(openings[0]) + len(openings[1]) == 100 and min(map(len, openings)) > 10 and not openings[0] & openings[1]
+
+
+def test_a_system_turn_that_all_have_makes_no_duplicates(tmp_path: Path) -> None:
+    system = {"role": "system", "content": prose(3000, 0)}
+    rows = [{"messages": [system, {"role": "user", "content": prose(40, n)}, {"role": "assistant", "content": prose(40, 100 + n)}]} for n in range(1, 50)]
+    _, tallies, _ = made(tmp_path, demonstrations={"sources": {"s": file(tmp_path / "a.jsonl", rows)}})
+    assert not tallies["demonstrations.s"].dropped["near_duplicate"] and tallies["demonstrations.s"].held_out < 10
+
+
 def largest_similarity(some: list[str], others: list[str]) -> float:
     """Of a text of the one list and a text of the other, as they are compared: white space and case aside."""
     left, right = ([windows(normalised(text)) for text in set(texts)] for texts in (some, others))
@@ -226,7 +242,7 @@ def test_kept_rows_are_hardly_near_duplicates_of_each_other(tmp_path: Path) -> N
 def test_a_cluster_that_makes_the_split_uneven_is_told(tmp_path: Path) -> None:
     rows = [{"question": "the same" if n < 40 else prose(90, n), "answer": prose(90, 1000 + n)} for n in range(120)]
     _, _, choice = made(tmp_path, demonstrations={"sources": {"s": file(tmp_path / "a.jsonl", rows)}})
-    assert choice.notes[0].startswith("demonstrations: 33% of the rows have the same or nearly the same prompt")
+    assert choice.notes[0].startswith("demonstrations: 33% of the rows begin in the same or nearly the same way")
 
 
 # ----------------------------------------------------------------------------------------------- split and amounts
