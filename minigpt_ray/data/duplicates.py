@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float64, Int64, UInt16, UInt64
 
 BINS = 128
 BANDS = 32
-BANDS_AT_ONCE = 8
+BANDS_AT_ONCE = 4
 ROWS_AT_ONCE = 1 << 14
 WINDOW = 8
 """Bytes that are compared as one: about two words of English, three characters of Chinese."""
@@ -130,7 +130,7 @@ class Signatures:
                     near, akin = join(near, pairs[estimates >= threshold]), join(akin, pairs[estimates >= threshold - MARGIN])
         return Clusters(near, akin)
 
-    def _bands(self, first: int, count: int) -> UInt64[np.ndarray, "8 N"]:
+    def _bands(self, first: int, count: int) -> UInt64[np.ndarray, "4 N"]:
         """Some columns of the file, which is read through and not mapped: what is mapped counts as memory."""
         bands = np.empty((BANDS_AT_ONCE, count), np.uint64)
         with self._path.open("rb") as file:

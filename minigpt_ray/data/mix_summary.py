@@ -20,7 +20,8 @@ LOST = ("#7f1d1d", "#b91c1c", "#ea580c", "#f59e0b", "#ca8a04", "#a16207", "#4b55
 def table(tallies: Sequence[Tally]) -> Table:
     """Rows by kind and source; reasons that dropped none are left out."""
     reasons = [reason for reason in DROPPED if any(tally.dropped[reason] for tally in tallies)]
-    result = Table("source", caption="share: of the training rows of its kind")
+    result = Table(caption="share: of the training rows of its kind", pad_edge=False)
+    result.add_column("source", min_width=14, overflow="fold")
     for name in ("read", *(reason.replace("_", " ") for reason in reasons), "train", "held out", "share"):
         result.add_column(name, justify="right")
     for kind in KINDS:

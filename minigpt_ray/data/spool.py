@@ -1,4 +1,4 @@
-"""The rows of a mix on disk, in the order in which they were read; memory keeps about 50 bytes of each, to choose by."""
+"""The rows of a mix on disk, in the order in which they were read; memory keeps about 50 bytes of each, and 220 while they are compared."""
 
 import json
 import os
