@@ -71,7 +71,7 @@ def recognise(record: Record, formats: Mapping[str, Format[Any]]) -> str:
 
 
 def _messages(record: Record, separator: str | None) -> list[Conversation]:
-    return [(_conversation(record, "messages"), _answer(record))]
+    return [(conversation(record, "messages"), _answer(record))]
 
 
 _SHAREGPT_ROLES = {
@@ -180,7 +180,7 @@ def _pair(record: Record, separator: str | None) -> list[PairOfAnswers]:
 def _pair_of_conversations(record: Record, separator: str | None) -> list[PairOfAnswers]:
     """Both sides are whole conversations, as messages or as transcripts, that differ in the last answer."""
     chosen, rejected = (
-        _transcript(record, name) if isinstance(record.value[name], str) else _with_last_answer(_conversation(record, name), record, name)
+        _transcript(record, name) if isinstance(record.value[name], str) else _with_last_answer(conversation(record, name), record, name)
         for name in ("chosen", "rejected")
     )
     if chosen[:-1] != rejected[:-1]:
@@ -307,13 +307,14 @@ def _instruction(instruction: str, record: Record) -> str:
 def _prompt_messages(record: Record, name: str) -> list[Message]:
     if isinstance(record.value[name], str):
         return [_user(record.text(name))]
-    messages = _conversation(record, name)
+    messages = conversation(record, name)
     if messages[-1]["role"] != "user":
         raise DataError(f"{record.place}: field {name!r} ends with the assistant's turn; expected the user's; name the field 'messages' for a demonstration")
     return messages
 
 
-def _conversation(record: Record, name: str) -> list[Message]:
+def conversation(record: Record, name: str) -> list[Message]:
+    """A field that must hold messages, a turn of the user among them."""
     return _with_user(_checked(record.value[name], record, name), record, name)
 
 

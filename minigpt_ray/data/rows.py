@@ -8,10 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minigpt_ray.data import formats
-from minigpt_ray.data.formats import FINAL_ANSWER, FORMATS, Conversation, Format, Message, in_one_format
+from minigpt_ray.data.formats import FINAL_ANSWER, FORMATS, Conversation, Format, Message, conversation, in_one_format
 from minigpt_ray.data.records import DataError, Object, Record, read_records
 
-__all__ = ["FINAL_ANSWER", "FORMATS", "DataError", "Message", "Object", "Record", "Row", "read_records", "read_rows", "recognise", "rows_of", "source_of"]
+__all__ = [
+    "FINAL_ANSWER",
+    "FORMATS",
+    "DataError",
+    "Message",
+    "Object",
+    "Record",
+    "Row",
+    "conversation",
+    "read_records",
+    "read_rows",
+    "recognise",
+    "rows_of",
+    "source_of",
+]
 
 
 @dataclass(frozen=True)
