@@ -33,7 +33,7 @@ from minigpt_ray.config import FileSource, MixConfig, PrepareConfig, TokenizerCo
 from minigpt_ray.data import mix_summary
 from minigpt_ray.data.contents import contents_of
 from minigpt_ray.data.mix import HELD_OUT, choose, tally
-from minigpt_ray.data.prepared import begin, check_unchanged, commit, relevant, sha256_of
+from minigpt_ray.data.prepared import check_unchanged, commit, relevant, sha256_of, unfinished
 from minigpt_ray.data.reasoning import Entry, check_scores, split
 from minigpt_ray.data.records import DataError
 from minigpt_ray.data.sources import Watch, paths
@@ -99,17 +99,17 @@ def prepare(config: PrepareConfig) -> Path:
     texts = (text for name in ("demonstrations", "prompts") for entry in sets[name] for text in ("user", entry["question"], "assistant", entry["answer"]))
     tokenizer = train_tokenizer(texts, config.tokenizer.vocab_size, config.tokenizer.phrases)
 
-    unfinished = begin(directory)
-    for name in SETS:
-        rows = map(_demonstration if name == "demonstrations" else _prompt, sets[name])
-        (unfinished / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    tokenizer.save_pretrained(unfinished / "tokenizer")
-    manifest = {
-        "config": relevant(config),
-        "counts": {name: dict(sorted(Counter(_task(entry) for entry in sets[name]).items())) for name in SETS},
-        "vocab_size": len(tokenizer),
-    }
-    commit(unfinished, directory, manifest)
+    with unfinished(directory) as written:
+        for name in SETS:
+            rows = map(_demonstration if name == "demonstrations" else _prompt, sets[name])
+            (written / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        tokenizer.save_pretrained(written / "tokenizer")
+        manifest = {
+            "config": relevant(config),
+            "counts": {name: dict(sorted(Counter(_task(entry) for entry in sets[name]).items())) for name in SETS},
+            "vocab_size": len(tokenizer),
+        }
+        commit(written, directory, manifest)
     console.print(str(directory), markup=False, highlight=False, soft_wrap=True)
     console.print(summary(sets, tokenizer))
     return directory
@@ -123,29 +123,27 @@ def prepare_mix(config: MixConfig) -> Path:
         check_unchanged(directory, config, inputs)
         console.print(f"{directory} is complete and was made by this config; nothing to do", soft_wrap=True)
         return directory
-    unfinished = begin(directory)
-    spool = Spool(unfinished / "spool", config)
-    with _progress() as watch:
+    with unfinished(directory) as written, _progress() as watch:
+        spool = Spool(written / "spool", config)
         spool.read(watch)
         watch("comparing rows", 0, 0)
         choice = choose(spool, config)
         watch("writing", 0, 0)
         parts = {**choice.train, **{HELD_OUT[kind]: rows for kind, rows in choice.held_out.items()}}
-        counts = {name: spool.write(rows, unfinished / f"{name}.jsonl") for name, rows in parts.items() if len(rows)}
+        counts = {name: spool.write(rows, written / f"{name}.jsonl") for name, rows in parts.items() if len(rows)}
         tallies = tally(spool, choice)
         spool.close()
-        tokenizer = None if config.tokenizer is None else _train_tokenizer(config.tokenizer, [unfinished / f"{kind}.jsonl" for kind in choice.train])
-    if tokenizer is not None:
-        tokenizer.save_pretrained(unfinished / "tokenizer")
-    mix_summary.plot(tallies, unfinished / "summary.svg")
-    manifest = {
-        "config": relevant(config),
-        "counts": counts,
-        "sources": {f"{of.kind}.sources.{of.name}": of.resolved() for of in tallies},
-        "notes": choice.notes,
-        "inputs": inputs,
-    }
-    commit(unfinished, directory, manifest)
+        if config.tokenizer is not None:
+            _train_tokenizer(config.tokenizer, [written / f"{kind}.jsonl" for kind in choice.train]).save_pretrained(written / "tokenizer")
+        mix_summary.plot(tallies, written / "summary.svg")
+        manifest = {
+            "config": relevant(config),
+            "counts": counts,
+            "sources": {f"{of.kind}.sources.{of.name}": of.resolved() for of in tallies},
+            "notes": choice.notes,
+            "inputs": inputs,
+        }
+        commit(written, directory, manifest)
     console.print(str(directory), markup=False, highlight=False, soft_wrap=True)
     console.print(mix_summary.table(tallies))
     for note in (*choice.notes, *(f"dropped as malformed, the first of its source: {of.first_malformed}" for of in tallies if of.first_malformed)):

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,23 @@ MANIFEST = "manifest.json"
 REMEDY = "choose another run=, or remove the directory to make it anew"
 
 
-def begin(directory: Path) -> Path:
-    """An empty directory beside the one that is to be; what a killed run left there is removed."""
-    unfinished = directory.with_name(f".{directory.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    return unfinished
+@contextmanager
+def unfinished(directory: Path) -> Iterator[Path]:
+    """An empty directory beside the one that is to be, until it is committed; what a killed run left there is removed."""
+    path = directory.with_name(f".{directory.name}.unfinished")
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)  # it has moved away when all went well
 
 
-def commit(unfinished: Path, directory: Path, manifest: Mapping[str, Any]) -> None:
+def commit(written: Path, directory: Path, manifest: Mapping[str, Any]) -> None:
     """Write the manifest, with the hash of every file, and move the directory into its place."""
-    hashes = {str(path.relative_to(unfinished)): sha256_of(path) for path in sorted(unfinished.rglob("*")) if path.is_file()}
-    (unfinished / MANIFEST).write_text(json.dumps({**manifest, "sha256": hashes}, indent=2) + "\n", encoding="utf-8")
-    unfinished.rename(directory)  # whole or absent
+    hashes = {str(path.relative_to(written)): sha256_of(path) for path in sorted(written.rglob("*")) if path.is_file()}
+    (written / MANIFEST).write_text(json.dumps({**manifest, "sha256": hashes}, indent=2) + "\n", encoding="utf-8")
+    written.rename(directory)  # whole or absent
 
 
 def check_unchanged(directory: Path, config: JobConfig, inputs: Mapping[str, str]) -> None:

@@ -106,7 +106,9 @@ def test_a_run_that_fails_leaves_nothing_that_looks_whole_and_the_next_one_works
     lines(tmp_path / "pairs.jsonl", good.rstrip(), '{"prompt": "q", "chosen": "a"}')
     assert main(mix) == 1
     assert "pairs.jsonl:41: field 'rejected' is missing, found 'prompt', 'chosen'; expected the format 'prompt, chosen and rejected'" in capsys.readouterr().err
-    assert not (tmp_path / "mix" / "prepare_data").exists()
+    assert not list((tmp_path / "mix").iterdir())
+    killed = tmp_path / "mix" / ".prepare_data.unfinished" / "spool"
+    killed.mkdir(parents=True)
     (tmp_path / "pairs.jsonl").write_text(good)
     assert main(mix) == 0
     assert [path.name for path in (tmp_path / "mix").iterdir()] == ["prepare_data"]
