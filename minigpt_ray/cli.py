@@ -519,11 +519,11 @@ def help_text(root: type[BaseModel]) -> str:
         + ", and exit",
         "",
     ]
-    return "\n".join([*lines, *_help_section(root, (), None)]).rstrip()
+    return "\n".join([*lines, *_help_section(root, (), None, {})]).rstrip()
 
 
-def _help_section(model: type[BaseModel], at: Location, default: BaseModel | None) -> Iterator[str]:
-    """Lines for the plain fields of a section, then for the sections below it."""
+def _help_section(model: type[BaseModel], at: Location, default: BaseModel | None, told: dict[type[BaseModel], str]) -> Iterator[str]:
+    """Lines for the plain fields of a section, then for the sections below it. `told`: where entries of a class were told about already."""
     below: list[Iterator[str]] = []
     for name, field in model.model_fields.items():
         here = (*at, name)
@@ -532,14 +532,19 @@ def _help_section(model: type[BaseModel], at: Location, default: BaseModel | Non
         if section is not None:
             inner = value if isinstance(value, BaseModel) else None
             below.append(iter(["", f"[{'.'.join(here)}]  {field.description or ''}".rstrip()]))
-            below.append(_help_section(section, here, inner))
+            below.append(_help_section(section, here, inner, told))
             continue
         yield f"  {'.'.join(here)}  ({type_name(field.annotation, field.metadata)}{_help_default(value)})"
         if field.description:
             yield f"      {field.description}"
         for entry in _entry_classes(field.annotation):
-            below.append(iter(["", f"[{'.'.join(here)}.<name>]  {(entry.__doc__ or '').strip()}"]))
-            below.append(_help_section(entry, (*here, "<name>"), None))
+            place = ".".join((*here, "<name>"))
+            if entry in told:
+                below.append(iter(["", f"[{place}]  As {told[entry]}: {(entry.__doc__ or '').strip()}"]))
+                continue
+            told[entry] = place
+            below.append(iter(["", f"[{place}]  {(entry.__doc__ or '').strip()}"]))
+            below.append(_help_section(entry, (*here, "<name>"), None, told))
     for part in below:
         yield from part
 
