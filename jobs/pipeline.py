@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from minigpt_ray.cli import ConfigError, load_config, one_sentence, read_config, to_yaml
-from minigpt_ray.config import PipelineConfig
+from minigpt_ray.cli import ConfigError, is_mix, load_config, one_sentence, read_config, to_yaml
+from minigpt_ray.config import JobConfig, MixConfig, PipelineConfig
 from minigpt_ray.config.pipeline import STAGE_CONFIGS
 
 RECORD = "pipeline.json"
@@ -80,7 +80,8 @@ def plan(config: PipelineConfig) -> list[Planned]:
             continue
         arguments = (*map(str, stage.files), *stage.overrides, *shared)
         try:
-            resolved = to_yaml(read_config(STAGE_CONFIGS[name], list(arguments)))
+            root: type[JobConfig] = MixConfig if name == "prepare_data" and is_mix(list(arguments)) else STAGE_CONFIGS[name]
+            resolved = to_yaml(read_config(root, list(arguments)))
         except ConfigError as error:
             raise ConfigError("\n".join(f"stages.{name}: {line}" for line in str(error).splitlines())) from None
         stages.append(Planned(name, arguments, hashlib.sha256(resolved.encode()).hexdigest()))

@@ -1,39 +1,49 @@
-"""Write the data of a run from reasoning-gym tasks, or say what a data file is before anything is trained on it.
+"""Write the data of a run from reasoning-gym tasks or from a mix of sources, or say what a data file is before anything is trained on it.
 
     python -m jobs.prepare_data configs/debug/prepare_data.yaml [prompts=1000 tasks.chain_sum.weight=2]
+    python -m jobs.prepare_data configs/data/posttrain/sft/maths.yaml [run=maths demonstrations.sources.gsm8k.count=1000]
     python -m jobs.prepare_data --check FILE [--tokenizer DIR] [--separator TEXT]
 
 The first writes <run>/prepare_data: demonstrations.jsonl, prompts.jsonl and held_out.jsonl, which share no question, a
-tokenizer, and manifest.json, complete or not at all. The second ends with code 0 when the file can be used, else 1.
+tokenizer, and manifest.json, complete or not at all. The second, a file with `sources`, writes what it has sources for:
+documents.jsonl, demonstrations.jsonl, preferences.jsonl, prompts.jsonl, and what is held out of each. The third ends with
+code 0 when the file can be used, else 1.
 """
 
 import argparse
-import hashlib
 import json
-import shutil
 import sys
 import textwrap
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from minigpt_ray.cli import help_text, load_config
-from minigpt_ray.config import PrepareConfig
-from minigpt_ray.data.reasoning import Entry, split
-from minigpt_ray.data.rows import DataError, Row, read_records, read_rows, recognise
-from minigpt_ray.data.verification import verify
+from minigpt_ray.cli import help_text, is_mix, load_config
+from minigpt_ray.config import FileSource, MixConfig, PrepareConfig, TokenizerConfig
+from minigpt_ray.data import mix_summary
+from minigpt_ray.data.contents import contents_of
+from minigpt_ray.data.mix import HELD_OUT, choose, tally
+from minigpt_ray.data.prepared import check_unchanged, commit, relevant, sha256_of, unfinished
+from minigpt_ray.data.reasoning import Entry, check_scores, split
+from minigpt_ray.data.records import DataError
+from minigpt_ray.data.sources import Watch, paths
+from minigpt_ray.data.spool import Spool, origins
 from minigpt_ray.tokenizer import encode_conversation, encode_prompt, load_tokenizer, train_tokenizer
 
 STAGE = "prepare_data"
 SETS = ("demonstrations", "prompts", "held_out")
-MANIFEST = "manifest.json"
+TOKENIZER_BYTES = 64 << 20
+"""As much of each file of a mix as a tokenizer is trained on."""
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
 
 console = Console()
@@ -46,8 +56,10 @@ def main(argv: list[str] | None = None) -> int:
             if rest:
                 raise DataError(f"--check reads one file and no config, found also {' '.join(rest)}; remove it")
             check(arguments.check, arguments.tokenizer, arguments.separator)
-        else:
+        elif not is_mix(rest):
             prepare(load_config(PrepareConfig, rest))
+        else:
+            prepare_mix(load_config(MixConfig, rest))
     except DataError as error:
         print(error, file=sys.stderr)
         return 1
@@ -59,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m jobs.prepare_data",
         usage="%(prog)s CONFIG.yaml ... [a.b=value ...] [--dry-run]\n       %(prog)s --check FILE [--tokenizer DIR] [--separator TEXT]",
         description=__doc__,
-        epilog=help_text(PrepareConfig),
+        epilog=f"{help_text(PrepareConfig)}\n\n\n{help_text(MixConfig)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -76,7 +88,7 @@ def prepare(config: PrepareConfig) -> Path:
     """Write the data, or find it written by the same config. Raises DataError when it was written by another."""
     directory = config.stage_dir(STAGE)
     if directory.exists():
-        check_unchanged(directory, config)
+        check_unchanged(directory, config, {})
         console.print(f"{directory} is complete and was made by this config; nothing to do", soft_wrap=True)
         return directory
     tasks = {name: (task.weight, task.options) for name, task in config.tasks.items()}
@@ -88,54 +100,88 @@ def prepare(config: PrepareConfig) -> Path:
     texts = (text for name in ("demonstrations", "prompts") for entry in sets[name] for text in ("user", entry["question"], "assistant", entry["answer"]))
     tokenizer = train_tokenizer(texts, config.tokenizer.vocab_size, config.tokenizer.phrases)
 
-    unfinished = directory.with_name(f".{STAGE}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-    unfinished.mkdir(parents=True)
-    for name in SETS:
-        rows = map(_demonstration if name == "demonstrations" else _prompt, sets[name])
-        (unfinished / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    tokenizer.save_pretrained(unfinished / "tokenizer")
-    manifest = {
-        "config": relevant(config),
-        "counts": {name: dict(sorted(Counter(_task(entry) for entry in sets[name]).items())) for name in SETS},
-        "vocab_size": len(tokenizer),
-        "sha256": {str(path.relative_to(unfinished)): _sha256(path) for path in sorted(unfinished.rglob("*")) if path.is_file()},
-    }
-    (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    unfinished.rename(directory)  # whole or absent
+    with unfinished(directory) as written:
+        for name in SETS:
+            rows = map(_demonstration if name == "demonstrations" else _prompt, sets[name])
+            (written / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        tokenizer.save_pretrained(written / "tokenizer")
+        manifest = {
+            "config": relevant(config),
+            "counts": {name: dict(sorted(Counter(_task(entry) for entry in sets[name]).items())) for name in SETS},
+            "vocab_size": len(tokenizer),
+        }
+        commit(written, directory, manifest)
     console.print(str(directory), markup=False, highlight=False, soft_wrap=True)
     console.print(summary(sets, tokenizer))
     return directory
 
 
-def check_unchanged(directory: Path, config: PrepareConfig) -> None:
-    """Raises DataError unless the directory was written by this config and its files are as they were."""
-    remedy = "choose another run=, or remove the directory to make it anew"
-    if not (directory / MANIFEST).is_file():
-        raise DataError(f"{directory} exists without a {MANIFEST}, so it was not written by this job; {remedy}")
-    manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    before, now = _leaves(manifest["config"]), _leaves(relevant(config))
-    differences = [f"{path}: {before.get(path)} then, {now.get(path)} now" for path in sorted(before | now) if before.get(path) != now.get(path)]
-    if differences:
-        raise DataError(f"{directory} was made by another config ({'; '.join(differences)}); {remedy}")
-    for name, digest in manifest["sha256"].items():
-        path = directory / name
-        if not path.is_file() or _sha256(path) != digest:
-            raise DataError(f"{path} is {'changed' if path.is_file() else 'missing'} since it was written; {remedy}")
+def prepare_mix(config: MixConfig) -> Path:
+    """Write what the mix has sources for, or find it written from the same files by the same config. Raises DataError."""
+    directory = config.stage_dir(STAGE)
+    inputs = {str(path): sha256_of(path) for origin in origins(config) if isinstance(origin.source, FileSource) for path in paths(origin.path, origin.source)}
+    if directory.exists():
+        check_unchanged(directory, config, inputs)
+        console.print(f"{directory} is complete and was made by this config; nothing to do", soft_wrap=True)
+        return directory
+    with unfinished(directory) as written, _progress() as watch:
+        spool = Spool(written / "spool", config)
+        spool.read(watch)
+        watch("comparing rows", 0, 0)
+        choice = choose(spool, config)
+        watch("writing", 0, 0)
+        parts = {**choice.train, **{HELD_OUT[kind]: rows for kind, rows in choice.held_out.items()}}
+        counts = {name: spool.write(rows, written / f"{name}.jsonl") for name, rows in parts.items() if len(rows)}
+        tallies = tally(spool, choice)
+        spool.close()
+        if config.tokenizer is not None:
+            _train_tokenizer(config.tokenizer, [written / f"{kind}.jsonl" for kind in choice.train]).save_pretrained(written / "tokenizer")
+        mix_summary.plot(tallies, written / "summary.svg")
+        manifest = {
+            "config": relevant(config),
+            "counts": counts,
+            "sources": {f"{of.kind}.sources.{of.name}": of.resolved() for of in tallies},
+            "notes": choice.notes,
+            "inputs": inputs,
+        }
+        commit(written, directory, manifest)
+    console.print(str(directory), markup=False, highlight=False, soft_wrap=True)
+    console.print(mix_summary.table(tallies))
+    for note in (*choice.notes, *(f"dropped as malformed, the first of its source: {of.first_malformed}" for of in tallies if of.first_malformed)):
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    return directory
 
 
-def relevant(config: PrepareConfig) -> dict[str, Any]:
-    """The part of the config that the data depends on: not where it is written."""
-    return config.model_dump(mode="json", exclude={"run", "output_dir"})
+@contextmanager
+def _progress() -> Iterator[Watch]:
+    """A bar, where there is somebody to see it."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task, shown, named = progress.add_task("", total=None), 0.0, ""
+
+        def watch(what: str, done: int, total: int) -> None:
+            nonlocal shown, named
+            if what != named or time.monotonic() - shown > 0.2:  # it is told of every record
+                shown, named = time.monotonic(), what
+                progress.update(task, description=what, completed=done, total=total or None)
+
+        yield watch
 
 
-def check_scores(entry: Entry) -> None:
-    """Raises DataError unless the entry, read back from JSON, has an answer that its own verifier gives full marks."""
-    if entry["answer"] is None:
-        raise DataError(f"tasks.{_task(entry)}: the task gives no reference answer, so there is nothing to demonstrate; choose another task")
-    score = verify(json.loads(json.dumps(entry)), entry["answer"])
-    if score < 1:
-        raise DataError(f"tasks.{_task(entry)}: its verifier gives {score} to its own answer {entry['answer']!r} to {entry['question']!r}; choose another task")
+def _train_tokenizer(config: TokenizerConfig, files: Sequence[Path]) -> PreTrainedTokenizerBase:
+    """Trained on the first rows of each file, which are in random order."""
+    return train_tokenizer((text for path in files for text in _texts(path)), config.vocab_size, config.phrases)
+
+
+def _texts(path: Path) -> Iterator[str]:
+    with path.open("rb") as file:
+        while file.tell() < TOKENIZER_BYTES and (line := file.readline()):
+            row = json.loads(line)
+            yield from [row["text"]] if "text" in row else []
+            prompt = row.get("prompt", [])
+            messages = [*row.get("messages", []), *([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt), *row.get("chosen", [])]
+            for message in messages:
+                yield from (message["role"], message["content"])
 
 
 def summary(sets: Mapping[str, Sequence[Entry]], tokenizer: PreTrainedTokenizerBase) -> Table:
@@ -170,73 +216,30 @@ def _task(entry: Entry) -> str:
     return str(entry["metadata"]["source_dataset"])
 
 
-def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree:
-        return {path: tree}
-    return {leaf: value for key, branch in tree.items() for leaf, value in _leaves(branch, f"{path}.{key}" if path else key).items()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # --------------------------------------------------------------------------------------------------------- check
 
 
 def check(path: Path, tokenizer_path: Path | None, separator: str | None) -> None:
     """Print what the file is: fields, format, sources, lengths, first row. Raises DataError when it cannot be used."""
     tokenizer = None if tokenizer_path is None else _tokenizer(tokenizer_path)
-    separator = None if separator is None else separator.replace("\\n", "\n").replace("\\t", "\t")
-    first = next(read_records(path))
-    format = recognise(first)
-    types: dict[str, Counter[str]] = {}
-    for record in read_records(path):
-        for name, value in record.value.items():
-            types.setdefault(name, Counter())[type(value).__name__] += 1
-    rows = list(read_rows([path], separator))
-    lengths = measure(rows, tokenizer)
+    contents = contents_of(path, tokenizer, None if separator is None else separator.replace("\\n", "\n").replace("\\t", "\t"))
 
-    console.print(f"{path}: {len(rows)} rows, format {format!r}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{path}: {contents.rows} rows, format {contents.format!r}", markup=False, highlight=False, soft_wrap=True)
     fields = Table("field", "types and rows")
-    for name, kinds in types.items():
+    for name, kinds in contents.types.items():
         fields.add_row(escape(name), ", ".join(f"{kind} {count}" for kind, count in kinds.items()))
     sources = Table("source", "rows")
-    for source, count in Counter(row.source for row in rows).most_common():
+    for source, count in contents.sources.most_common():
         sources.add_row(escape(source), str(count))
     quantiles = Table("tokens" if tokenizer else "bytes", *(f"{q:.0%}" for q in QUANTILES))
-    for name, values in lengths.items():
+    for name, values in contents.lengths.items():
         quantiles.add_row(name, *(f"{value:.0f}" for value in np.quantile(values, QUANTILES, method="higher")))
     for table in (fields, sources, quantiles):
         console.print(table)
-    console.print(f"first row ({rows[0].place})", markup=False, highlight=False, soft_wrap=True)
-    for name, text in [*((m["role"], m["content"]) for m in rows[0].messages), ("answer", rows[0].answer)]:
-        console.print(f"  {name}: {textwrap.shorten(str(text), 300)}", markup=False, highlight=False, soft_wrap=True)
-    console.print(verdict(rows), markup=False, highlight=False, soft_wrap=True)
-
-
-def measure(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase | None) -> dict[str, list[int]]:
-    """Lengths of prompts and demonstrations: tokens with the chat template, or bytes of the text. Raises DataError."""
-    lengths: dict[str, list[int]] = {"prompt": [], "demonstration": []}
-    for row in rows:
-        try:
-            if row.answer is not None and "metadata" in row.answer:
-                check_scores(row.answer)
-            lengths["prompt"].append(_bytes(row.prompt) if tokenizer is None else len(encode_prompt(tokenizer, row.prompt)))
-            if row.is_demonstration:
-                lengths["demonstration"].append(_bytes(row.messages) if tokenizer is None else len(encode_conversation(tokenizer, row.messages).token_ids))
-        except ValueError as error:
-            raise DataError(f"{row.place}: {error}") from error
-    return {name: values for name, values in lengths.items() if values}
-
-
-def verdict(rows: Sequence[Row]) -> str:
-    """What the rows serve for."""
-    demonstrations, verifiable = sum(row.is_demonstration for row in rows), sum(row.answer is not None for row in rows)
-    uses = ["prompts for PPO and evaluation"]
-    uses += ["their answers can be verified"] if verifiable == len(rows) else [f"{verifiable} of {len(rows)} answers can be verified"]
-    uses += ["demonstrations for SFT"] if demonstrations == len(rows) else [f"{demonstrations} of {len(rows)} are demonstrations, and SFT needs all"]
-    return f"usable: {'; '.join(uses)}"
+    console.print(f"first row ({contents.place})", markup=False, highlight=False, soft_wrap=True)
+    for name, text in contents.first:
+        console.print(f"  {name}: {textwrap.shorten(text, 300)}", markup=False, highlight=False, soft_wrap=True)
+    console.print(contents.verdict, markup=False, highlight=False, soft_wrap=True)
 
 
 def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -244,10 +247,6 @@ def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
         return load_tokenizer(path)
     except (ValueError, OSError) as error:
         raise DataError(f"--tokenizer: {error}") from error
-
-
-def _bytes(messages: Sequence[Mapping[str, str]]) -> int:
-    return sum(len(message["content"].encode()) for message in messages)
 
 
 if __name__ == "__main__":

@@ -94,6 +94,21 @@ def read_config(root: type[C], arguments: list[str]) -> C:
         raise ConfigError("\n".join(_sentence(root, error, origins) for error in failure.errors())) from None
 
 
+def given(arguments: list[str]) -> set[Location]:
+    """Locations that the files and overrides of a command line set; raises ConfigError."""
+    files, overrides = _split(arguments)
+    origins = {location for path in files for location in _read_file(path)[1]}
+    return origins | {location for override in overrides for location in (override.location, *_below(override.location, override.value))}
+
+
+def is_mix(arguments: list[str]) -> bool:
+    """Whether a command line of prepare_data describes a mix of sources: reasoning-gym tasks alone need none."""
+    try:
+        return any("sources" in location[1:2] for location in given([word for word in arguments if not word.startswith("-")]))
+    except ConfigError:
+        return False  # load_config says what is wrong
+
+
 def resolved(config: BaseModel) -> dict[str, Any]:
     """The whole tree, defaults included, as values that JSON knows."""
     return config.model_dump(mode="json")
@@ -182,6 +197,14 @@ def _lines(node: yaml.Node, path: Path, at: Location = ()) -> Iterator[tuple[Loc
         first[key.value] = line
         yield here, f"{path}, line {line}"
         yield from _lines(value, path, here)
+
+
+def _below(at: Location, value: Any) -> Iterator[Location]:
+    """Locations of the keys within a value."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield (*at, str(key))
+            yield from _below((*at, str(key)), inner)
 
 
 def _one_line(error: object) -> str:
@@ -506,11 +529,11 @@ def help_text(root: type[BaseModel]) -> str:
         + ", and exit",
         "",
     ]
-    return "\n".join([*lines, *_help_section(root, (), None)]).rstrip()
+    return "\n".join([*lines, *_help_section(root, (), None, {})]).rstrip()
 
 
-def _help_section(model: type[BaseModel], at: Location, default: BaseModel | None) -> Iterator[str]:
-    """Lines for the plain fields of a section, then for the sections below it."""
+def _help_section(model: type[BaseModel], at: Location, default: BaseModel | None, told: dict[type[BaseModel], str]) -> Iterator[str]:
+    """Lines for the plain fields of a section, then for the sections below it. `told`: where entries of a class were told about already."""
     below: list[Iterator[str]] = []
     for name, field in model.model_fields.items():
         here = (*at, name)
@@ -519,14 +542,19 @@ def _help_section(model: type[BaseModel], at: Location, default: BaseModel | Non
         if section is not None:
             inner = value if isinstance(value, BaseModel) else None
             below.append(iter(["", f"[{'.'.join(here)}]  {field.description or ''}".rstrip()]))
-            below.append(_help_section(section, here, inner))
+            below.append(_help_section(section, here, inner, told))
             continue
         yield f"  {'.'.join(here)}  ({type_name(field.annotation, field.metadata)}{_help_default(value)})"
         if field.description:
             yield f"      {field.description}"
         for entry in _entry_classes(field.annotation):
-            below.append(iter(["", f"[{'.'.join(here)}.<name>]  {(entry.__doc__ or '').strip()}"]))
-            below.append(_help_section(entry, (*here, "<name>"), None))
+            place = ".".join((*here, "<name>"))
+            if entry in told:
+                below.append(iter(["", f"[{place}]  As {told[entry]}: {(entry.__doc__ or '').strip()}"]))
+                continue
+            told[entry] = place
+            below.append(iter(["", f"[{place}]  {(entry.__doc__ or '').strip()}"]))
+            below.append(_help_section(entry, (*here, "<name>"), None, told))
     for part in below:
         yield from part
 

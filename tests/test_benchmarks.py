@@ -1,5 +1,6 @@
 """What benchmarks measure is what they say: lengths of prompts and responses, memory that processes share."""
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.inputs import PROMPT_TOKENS, WORKLOADS, countdown, endless, prompt_numbers, word, words_tokenizer
+from benchmarks.prepare_data import documents
 from benchmarks.processes import BenchmarkError, watch
 from minigpt_ray.tokenizer import encode_prompt
 
@@ -58,3 +60,10 @@ def test_memory_that_processes_share_counts_once(tmp_path: Path) -> None:
 def test_a_program_that_fails_ends_the_benchmark_with_its_log(tmp_path: Path) -> None:
     with pytest.raises(BenchmarkError, match=r"ended with code 3; its output is in .*log"):
         watch([sys.executable, "-c", "raise SystemExit(3)"], {}, tmp_path / "log", tmp_path / "none", "row")
+
+
+def test_of_the_documents_to_prepare_every_20th_is_a_duplicate_and_every_20th_nearly_one() -> None:
+    texts = list(itertools.islice(documents(0), 200))
+    assert len(set(texts)) == 200 - 10
+    assert sum("Changed" in text for text in texts) == 10
+    assert 150 < np.mean([len(text.split()) for text in texts]) < 600

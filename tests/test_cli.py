@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from minigpt_ray.cli import ConfigError, load_config, read_config, resolved, to_yaml, write_resolved
+from minigpt_ray.cli import ConfigError, given, load_config, read_config, resolved, to_yaml, write_resolved
 from minigpt_ray.config import DPOConfig, MidtrainConfig, PPOConfig, PrepareConfig, PretrainConfig, RewardModelConfig, ServeRewardConfig, SFTConfig
 
 ROOTS = (PPOConfig, PretrainConfig, MidtrainConfig, SFTConfig, DPOConfig, RewardModelConfig, PrepareConfig, ServeRewardConfig)
@@ -29,6 +29,10 @@ def test_files_merge_left_to_right_and_overrides_come_last(file):
     config = read_config(PPOConfig, ["policy.zero_stage=2", first, second, "steps=5"])
     assert (config.steps, config.policy.zero_stage) == (5, 2)
     assert (config.policy.optimizer.lr, config.policy.optimizer.warmup_steps) == (2e-6, 7)
+
+
+def test_what_a_command_line_gives_is_known_before_its_root_is(file):
+    assert given([file("a: {b: 1}"), "c.d={e: {f: 2}}"]) == {("a",), ("a", "b"), ("c", "d"), ("c", "d", "e"), ("c", "d", "e", "f")}
 
 
 def test_a_section_given_in_part_keeps_the_rest_of_the_fields_own_default(file):

@@ -7,7 +7,7 @@ import pytest
 
 import minigpt_ray.config
 from minigpt_ray.cli import read_config, to_yaml
-from minigpt_ray.config import JobConfig, PPOConfig
+from minigpt_ray.config import JobConfig, MixConfig, PPOConfig
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -20,7 +20,13 @@ ROOTS: dict[str, type[JobConfig]] = {
 
 
 def root_of(path: Path) -> type[JobConfig]:
-    """The root of the job that the file is named after (ppo.yaml, ppo_long.yaml), or that a command in its comments gives it to."""
+    """The root of the job that the file is named after (ppo.yaml, ppo_long.yaml), or that a command in its comments gives it to.
+
+    Mixes of data, in configs/data, are the second kind of file that prepare_data takes.
+    """
+    if path.is_relative_to(ROOT / "configs" / "data"):
+        assert f"python -m jobs.prepare_data {path.relative_to(ROOT).as_posix()}" in path.read_text(encoding="utf-8"), f"{path}: give the command that uses it"
+        return MixConfig
     named = [job for job in ROOTS if path.stem == job or path.stem.startswith((f"{job}_", f"{job}-"))]
     used = re.findall(rf"python -m jobs\.(\w+) .*{re.escape(path.relative_to(ROOT).as_posix())}", path.read_text(encoding="utf-8"))
     jobs = named or used

@@ -301,7 +301,8 @@ def test_a_row_with_the_fields_of_the_table_is_read(fields: list[str], tmp_path:
         fields = ["instruction", "response"]
     entry = {"question": "?", "answer": "!", "metadata": {"source_dataset": "chain_sum"}}
     values = {"entry": entry, "metadata": entry["metadata"], "messages": [{"role": "user", "content": "?"}]}
-    fields = [name for name in fields if name not in ("role", "content")]
+    values |= {"conversations": [{"from": "human", "value": "?"}], "instances": [{"input": "", "output": "!"}]}
+    fields = [name for name in fields if name not in ("role", "content", "from", "value")]
     (tmp_path / "data.jsonl").write_text(json.dumps({name: values.get(name, "text") for name in fields}))
     assert len(list(read_rows([tmp_path / "data.jsonl"]))) == 1
 

@@ -21,6 +21,7 @@ from minigpt_ray.config.base import (
 from minigpt_ray.config.data import PrepareConfig, TaskConfig, TokenizerConfig
 from minigpt_ray.config.evaluate import EvaluateConfig, ServeRewardConfig
 from minigpt_ray.config.generate_preferences import GeneratePreferencesConfig
+from minigpt_ray.config.mix import AnySource, DatasetConfig, FileSource, FiltersConfig, HubSource, MixConfig, TaskSource
 from minigpt_ray.config.pipeline import PipelineConfig, StageConfig
 from minigpt_ray.config.placement import GeneratorPlacement, PlacementConfig, RolePlacement
 from minigpt_ray.config.ppo import EvaluationConfig, PPOConfig
@@ -42,24 +43,30 @@ from minigpt_ray.config.supervised import (
 __all__ = [
     "AlgorithmConfig",
     "AnyReward",
+    "AnySource",
     "CalledReward",
     "CheckpointConfig",
     "Config",
     "CriticConfig",
     "DPOConfig",
+    "DatasetConfig",
     "DocumentsConfig",
     "EngineConfig",
     "EvaluateConfig",
     "EvaluationConfig",
+    "FileSource",
+    "FiltersConfig",
     "FunctionReward",
     "GeneratePreferencesConfig",
     "GeneratorConfig",
     "GeneratorPlacement",
     "HttpReward",
+    "HubSource",
     "JobConfig",
     "LearnerConfig",
     "LoggingConfig",
     "MidtrainConfig",
+    "MixConfig",
     "ModelConfig",
     "ModelReward",
     "OptimizerConfig",
@@ -82,6 +89,7 @@ __all__ = [
     "StageConfig",
     "SupervisedConfig",
     "TaskConfig",
+    "TaskSource",
     "TokenizerConfig",
     "VerifierReward",
     "WeightsConfig",

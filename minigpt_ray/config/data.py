@@ -4,13 +4,15 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from minigpt_ray.config.base import Config, JobConfig
 
+TaskOptions = dict[str, int | float | str | bool | list[int] | list[str]]
+
 
 class TaskConfig(Config):
     """One reasoning-gym task of the mix."""
 
     weight: PositiveFloat = 1.0
     """Share of the mix, relative to the other tasks."""
-    options: dict[str, int | float | str | bool | list[int] | list[str]] = {}
+    options: TaskOptions = {}
     """Arguments of the task's own configuration class."""
     demonstration_options: dict[str, int | float | str | bool | list[int] | list[str]] = {}
     """Arguments in which the demonstrations differ from `options`: easier questions, for example, so that PPO has what SFT does not teach."""

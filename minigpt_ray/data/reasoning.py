@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minigpt_ray.data.rows import DataError
-from minigpt_ray.data.verification import TASK_OPTIONS
+from minigpt_ray.data.verification import TASK_OPTIONS, verify
 
 if TYPE_CHECKING:
     from reasoning_gym.dataset import ProceduralDataset
@@ -107,6 +107,19 @@ def apportion(total: int, weights: list[float]) -> list[int]:
     largest = np.argsort(shares - exact, kind="stable")[: total - shares.sum()]
     shares[largest] += 1
     return [int(share) for share in shares]
+
+
+def check_scores(entry: Entry) -> None:
+    """Raises DataError unless the entry, read back from JSON, has an answer that its own verifier gives full marks."""
+    if entry["answer"] is None:
+        raise DataError(
+            f"tasks.{entry['metadata']['source_dataset']}: the task gives no reference answer, so there is nothing to demonstrate; choose another task"
+        )
+    score = verify(json.loads(json.dumps(entry)), entry["answer"])
+    if score < 1:
+        raise DataError(
+            f"tasks.{entry['metadata']['source_dataset']}: its verifier gives {score} to its own answer {entry['answer']!r} to {entry['question']!r}; choose another task"
+        )
 
 
 def content(entry: Entry) -> str:

@@ -31,6 +31,17 @@ ACCEPTED = [
     ("prompt with entry", {"prompt": "q", "entry": {**ENTRY, "answer": None}, "source": "x"}, (Q,), "x", {**ENTRY, "answer": None}),
     ("entry", {"entry": ENTRY}, (Q,), "chain_sum", ENTRY),
     ("reasoning-gym entry", ENTRY, (Q,), "chain_sum", ENTRY),
+    ("prompt with answer", {"prompt": "q", "answer": {"answer": "4", "match": "number"}}, (Q,), "data", {"answer": "4", "match": "number"}),
+    ("prompt with answer", {"prompt": "q", "answer": ENTRY, "source": "x"}, (Q,), "x", ENTRY),
+    ("ShareGPT", {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, (Q, A), "data", None),
+    (
+        "ShareGPT",
+        {"conversations": [{"from": "system", "value": "s"}, {"from": "user", "value": "q"}]},
+        ({"role": "system", "content": "s"}, Q),
+        "data",
+        None,
+    ),
+    ("self-instruct", {"instruction": "q", "instances": [{"input": "i", "output": "a"}]}, ({**Q, "content": "q\n\ni"}, A), "data", None),
     ("question and answer", {"question": "q", "answer": "2+2\n#### 4"}, (Q, {**A, "content": "2+2\n#### 4"}), "data", {"answer": "4", "match": "number"}),
     ("question and answer", {"question": "q", "answer": "a"}, (Q, A), "data", {"answer": "a"}),
     ("alpaca", {"instruction": "q", "input": "", "output": "a"}, (Q, A), "data", None),
@@ -105,6 +116,14 @@ REFUSED = [
     ([{"prompt": "q", "entry": "a"}], "field 'entry' is text"),
     ([{"prompt": "q", "entry": {"question": "q", "answer": "a"}}], "field 'metadata' of the entry is null"),
     ([{"prompt": "q", "entry": {**ENTRY, "metadata": {"x": 1}}}], "'source_dataset' in the entry's metadata is null"),
+    ([{"prompt": "q", "answer": {"match": "number"}}], "'answer' of field 'answer' is null"),
+    ([{"prompt": "q", "answer": {"answer": "4", "match": "close"}}], r"'match' of field 'answer' is text \(\"close\"\); expected one of exact, number"),
+    ([{"conversations": []}], "field 'conversations' is an empty list; expected a list of turns, each with from and value"),
+    ([{"conversations": [{"from": "robot", "value": "q"}]}], "turn 0 of field 'conversations' is from 'robot'; expected one of system, human"),
+    ([{"conversations": [{"from": "human"}]}], "turn 0 of field 'conversations' has no 'value', found 'from'"),
+    ([{"conversations": [{"from": "gpt", "value": "a"}]}], "field 'conversations' has no turn of the user"),
+    ([{"instruction": "q", "instances": {}}], "field 'instances' is an empty object; expected a list of objects"),
+    ([{"instruction": "q", "instances": [{"input": "", "output": "a"}, {"input": ""}]}], ":1, instance 1: field 'output' is missing"),
     ([], "data.jsonl: the file is empty"),
 ]
 
@@ -171,6 +190,11 @@ def test_malformed_arrays_are_refused(tmp_path: Path, text: str, message: str) -
     path.write_text(text)
     with pytest.raises(DataError, match=message):
         list(read_rows([path]))
+
+
+def test_every_instance_of_a_seed_task_is_a_row(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, {"instruction": "q", "instances": [{"input": "", "output": "a"}, {"input": "i", "output": "b"}]})
+    assert [(row.messages[0]["content"], row.messages[1]["content"]) for row in rows] == [("q", "a"), ("q\n\ni", "b")]
 
 
 def test_data_error_travels_between_processes() -> None:

@@ -63,6 +63,12 @@ def test_a_stage_gets_the_pipelines_run_directory_and_seed() -> None:
     assert stage.digest != other.digest
 
 
+def test_the_data_may_be_a_mix_of_sources() -> None:
+    mix = "stages.prepare_data={files: [%s]}" % (ROOT / "configs/data/posttrain/sft/maths.yaml")
+    (stage,) = plan(config("only=[prepare_data]", mix))
+    assert stage.arguments[0].endswith("maths.yaml")
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
