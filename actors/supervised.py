@@ -8,9 +8,9 @@ wait. Checkpoints are this project's own, so Ray Train's directory is a fresh on
 silently resume. What is read and what is minimised says the stage (minigpt_ray/stages.py).
 """
 
-import asyncio
 import math
 import os
+import pickle
 import shutil
 import signal
 import time
@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 
 from actors.dataset import Files, Sources, prepare_windows
 from actors.engine import Engine, all_reduce_sum
+from actors.mailbox import Begun, Logged, Mailbox, Sender, Stopped, work
 from actors.placement import connect, environment, preflight
 from actors.preparation import MAY_DIFFER_ON_RESUME, find_start
 from actors.reference_logprobs import with_reference
@@ -147,82 +148,6 @@ def num_steps(config: SupervisedConfig, windows: Sources) -> int:
 # -------------------------------------------------------------------------------------------------------- driver
 
 
-@dataclass(frozen=True)
-class Begun:
-    """The workers are ready, for the first time or because others were lost; the next row is of step + 1."""
-
-    step: int
-
-
-@dataclass(frozen=True)
-class Logged:
-    """The rows of metrics of a step."""
-
-    step: int
-    rows: list[dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Stopped:
-    """No more rows; `fault` says why, or is empty when all steps were taken."""
-
-    fault: str
-    asked: bool = False
-    """The driver asked for it; the last step is saved, and there is no model yet."""
-
-
-class Mailbox:
-    """Ray actor between rank 0 and the driver, which knows what the driver has dealt with."""
-
-    def __init__(self) -> None:
-        self._queue: asyncio.Queue[Any] = asyncio.Queue()
-        self._asked_to_end = False
-
-    async def put(self, message: Any) -> bool:
-        """Whether the driver has asked to end."""
-        await self._queue.put(message)
-        return self._asked_to_end
-
-    async def ask_to_end(self) -> None:
-        self._asked_to_end = True
-
-    async def take(self, done: int) -> list[Any]:
-        """The next messages, at least one; `done` is how many of those given out before have been dealt with."""
-        for _ in range(done):
-            self._queue.task_done()
-        messages = [await self._queue.get()]
-        while not self._queue.empty():
-            messages.append(self._queue.get_nowait())
-        return messages
-
-    async def settled(self) -> None:
-        """Returns once the driver has dealt with everything that was put."""
-        await self._queue.join()
-
-
-class Sender:
-    """Rank 0's end of the mailbox. A message waits for the one before it, since calls to an async actor may overtake each other."""
-
-    def __init__(self, mailbox: Any) -> None:
-        self._mailbox, self._before = mailbox, mailbox.put.remote(None)
-
-    def send(self, message: Any) -> bool:
-        """Whether the driver has asked to end, as of the message before."""
-        asked_to_end = bool(ray.get(self._before))
-        self._before = self._mailbox.put.remote(message)
-        return asked_to_end
-
-    def stop(self, message: Stopped) -> None:
-        """Send the last message; returns once it is in the mailbox."""
-        self.send(message)
-        ray.get(self._before)
-
-    def settle(self) -> None:
-        """Returns once the driver has dealt with everything that was sent."""
-        ray.get(self._before)
-        ray.get(self._mailbox.settled.remote())
-
-
 def fit(ready: Ready) -> Path:
     """Train as configured; returns the directory of the model. Raises DataError for bad rows, StageError when a loss is not finite."""
     config, stage = ready.config, ready.stage
@@ -277,8 +202,8 @@ def _trainer(ready: Ready, stored: Mapping[str, Path], mailbox: Any) -> TorchTra
     config = ready.config
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one process less; this loop would not listen to it
     return _Trainer(
-        train,
-        train_loop_config={"ready": ready, "stored": stored, "mailbox": mailbox},
+        work,
+        train_loop_config={"ready_and_stored": pickle.dumps((ready, stored)), "mailbox": mailbox},
         scaling_config=ScalingConfig(
             num_workers=config.num_workers,
             use_gpu=config.gpus_per_worker > 0,
@@ -320,12 +245,11 @@ def _deliver(mailbox: Any, tracker: Tracker) -> Stopped:
 # ------------------------------------------------------------------------------------------------------- workers
 
 
-def train(given: dict[str, Any]) -> None:
-    """What every Ray Train worker runs; rank 0 is the one that sends."""
-    ready: Ready = given["ready"]
-    sender = Sender(given["mailbox"]) if dist.get_rank() == 0 else None
+def train(ready: Ready, stored: Mapping[str, Path], mailbox: Any) -> None:
+    """What every Ray Train worker does; rank 0 is the one that sends."""
+    sender = Sender(mailbox) if dist.get_rank() == 0 else None
     settle_in(ready.config)
-    worker = SupervisedRank(ready, read(ready, given["stored"], "train"), read(ready, given["stored"], "validation"))
+    worker = SupervisedRank(ready, read(ready, stored, "train"), read(ready, stored, "validation"))
     start = worker.restore()
     if sender:
         sender.send(Begun(start))

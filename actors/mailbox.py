@@ -1,0 +1,95 @@
+"""What stands between rank 0 of a supervised stage and its driver: messages, the mailbox, and where a worker begins.
+
+Ray's and Ray Train's own processes read this module, so it imports nothing that takes long.
+"""
+
+import asyncio
+import pickle
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The workers are ready, for the first time or because others were lost; the next row is of step + 1."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Logged:
+    """The rows of metrics of a step."""
+
+    step: int
+    rows: list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """No more rows; `fault` says why, or is empty when all steps were taken."""
+
+    fault: str
+    asked: bool = False
+    """The driver asked for it; the last step is saved, and there is no model yet."""
+
+
+class Mailbox:
+    """Ray actor between rank 0 and the driver, which knows what the driver has dealt with."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[Any] = asyncio.Queue()
+        self._asked_to_end = False
+
+    async def put(self, message: Any) -> bool:
+        """Whether the driver has asked to end."""
+        await self._queue.put(message)
+        return self._asked_to_end
+
+    async def ask_to_end(self) -> None:
+        self._asked_to_end = True
+
+    async def take(self, done: int) -> list[Any]:
+        """The next messages, at least one; `done` is how many of those given out before have been dealt with."""
+        for _ in range(done):
+            self._queue.task_done()
+        messages = [await self._queue.get()]
+        while not self._queue.empty():
+            messages.append(self._queue.get_nowait())
+        return messages
+
+    async def settled(self) -> None:
+        """Returns once the driver has dealt with everything that was put."""
+        await self._queue.join()
+
+
+class Sender:
+    """Rank 0's end of the mailbox. A message waits for the one before it, since calls to an async actor may overtake each other."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox, self._before = mailbox, mailbox.put.remote(None)
+
+    def send(self, message: Any) -> bool:
+        """Whether the driver has asked to end, as of the message before."""
+        asked_to_end = bool(ray.get(self._before))
+        self._before = self._mailbox.put.remote(message)
+        return asked_to_end
+
+    def stop(self, message: Stopped) -> None:
+        """Send the last message; returns once it is in the mailbox."""
+        self.send(message)
+        ray.get(self._before)
+
+    def settle(self) -> None:
+        """Returns once the driver has dealt with everything that was sent."""
+        ray.get(self._before)
+        ray.get(self._mailbox.settled.remote())
+
+
+def work(given: dict[str, Any]) -> None:
+    """What every Ray Train worker runs. What it is given is pickled, since Ray Train's controller reads it on the way."""
+    from actors.supervised import train
+
+    ready, stored = pickle.loads(given["ready_and_stored"])
+    train(ready, stored, given["mailbox"])
