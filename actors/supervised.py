@@ -40,6 +40,7 @@ from minigpt_ray.checkpoint import Checkpoints, batch_path, save_batch, write_js
 from minigpt_ray.cli import resolved, write_resolved
 from minigpt_ray.config import RolePlacement, SupervisedConfig
 from minigpt_ray.data.mixing import Reading
+from minigpt_ray.data.prepared import provenance
 from minigpt_ray.flops import attention_flops, cpu_peak_flops, gpu_peak_flops, head_flops, linear_flops
 from minigpt_ray.models import VALIDATION, TokenLogprobs, TokenValues, build_causal, config_json, export, load_causal, load_scalar, resolve_model
 from minigpt_ray.presets import PRESETS, ModelShape
@@ -168,6 +169,7 @@ def fit(ready: Ready) -> Path:
         tracker.message(
             f"{stage.name} {beginning}: {len(windows):,} windows of {config.window} tokens, {config.batch_size} a step, {config.num_workers} workers"
         )
+        tracker.message(f"data: {provenance(path for files in ready.sources.values() for path in files.paths)}")
         mailbox: Any = ray.remote(Mailbox).options(num_cpus=0, runtime_env=environment(1)).remote()  # type: ignore[call-overload]
         with ThreadPoolExecutor(1) as threads:
             delivery = threads.submit(_deliver, mailbox, tracker)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,12 @@ def check_unchanged(directory: Path, config: JobConfig, inputs: Mapping[str, str
         path = directory / name
         if not path.is_file() or sha256_of(path) != digest:
             raise DataError(f"{path} is {'changed' if path.is_file() else 'missing'} since it was written; {REMEDY}")
+
+
+def provenance(files: Iterable[Path]) -> str:
+    """The manifests of the directories that files were prepared in, each with the beginning of its hash; a file of another origin by its name."""
+    manifests = {path.with_name(MANIFEST) if path.with_name(MANIFEST).is_file() else path for path in files}
+    return ", ".join(f"{path} (sha256 {sha256_of(path)[:12]})" if path.name == MANIFEST else str(path) for path in sorted(manifests))
 
 
 def relevant(config: JobConfig) -> dict[str, Any]:

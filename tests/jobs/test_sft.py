@@ -65,6 +65,7 @@ def test_the_debug_run_learns_and_leaves_a_model(output_dir):
     stage = output_dir / "r" / "sft"
     lines = done.stdout.splitlines()
     assert lines[-1] == f"the model is in {stage / 'model'}"
+    assert f"data: {output_dir / 'r' / 'prepare_data' / 'demonstrations.jsonl'}" in lines
     assert any(line.startswith("Epoch:[") and "](10/12) loss:" in line for line in lines), "console lines carry no prefix of Ray's"
 
     rows = read_metrics(stage / "metrics.jsonl")
