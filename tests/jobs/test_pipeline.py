@@ -91,11 +91,12 @@ def test_sigterm_reaches_the_stage_and_ends_the_pipeline_with_its_code(tmp_path:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
+    before = signal.getsignal(signal.SIGTERM)
     threading.Thread(target=send).start()
     with pytest.raises(SystemExit) as ended:
         call([sys.executable, "-c", program, str(begun)])
     assert ended.value.code == 7
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_stage_that_a_signal_ends_has_the_code_that_a_shell_gives() -> None:
