@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from minigpt_ray.data.rows import DataError, Message, Record, conversation, read_records
+from minigpt_ray.data.records import names_of
+from minigpt_ray.data.rows import DataError, Message, Record, conversation, read_records, source_of
 
 FIELDS = ("prompt", "chosen", "rejected")
 
@@ -40,14 +41,14 @@ def read_pair(record: Record, default_source: str) -> Pair:
     """The pair that an object stands for. Raises DataError when a field is missing, empty or of the wrong type."""
     missing = [name for name in FIELDS if name not in record.value]
     if missing:
-        found = ", ".join(map(repr, record.value)) or "no field"
-        raise DataError(f"{record.place}: field {missing[0]!r} is missing, found {found}; expected prompt, chosen and rejected; add it to this row")
+        raise DataError(
+            f"{record.place}: field {missing[0]!r} is missing, found {names_of(record.value)}; expected prompt, chosen and rejected; add it to this row"
+        )
     prompt = _prompt(record)
     chosen, rejected = (_answer(record, name, prompt) for name in ("chosen", "rejected"))
     if chosen == rejected:
         raise DataError(f"{record.place}: fields 'chosen' and 'rejected' are the same; expected two answers of which one is better; remove the row")
-    source = record.text("source") if "source" in record.value else default_source
-    return Pair(prompt, chosen, rejected, _margin(record), source, record.place)
+    return Pair(prompt, chosen, rejected, _margin(record), source_of(record, default_source), record.place)
 
 
 def _prompt(record: Record) -> tuple[Message, ...]:

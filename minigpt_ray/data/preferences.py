@@ -4,10 +4,8 @@ A pair is a row that DPO and reward models read: `{"prompt": [messages], "chosen
 "chosen_score", "rejected_score"}`.
 """
 
-import hashlib
 import json
 import math
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from minigpt_ray.cli import resolved, write_resolved
 from minigpt_ray.config import GeneratePreferencesConfig, PromptsConfig
+from minigpt_ray.data.prepared import commit, unfinished
 from minigpt_ray.data.rows import DataError, Message, read_rows
 from minigpt_ray.data.verification import verify
 from minigpt_ray.rl.experience import Prompt, Rollout
@@ -227,19 +226,16 @@ class PairFile:
         for _, (prompt, pairs) in sorted(self._pairs.items()):
             rows["held_out" if is_held_out(prompt, self.config.held_out_share, self.config.seed) else "preferences"] += pairs
         self.counts["pairs held out"] = len(rows["held_out"])
-        unfinished = self.directory.with_name(f".{self.directory.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a job that was killed
-        write_resolved(self.config, unfinished)
-        for name, pairs in rows.items():
-            (unfinished / f"{name}.jsonl").write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
         manifest = {
             "made_by": self._made_by,
             "became_of": {name: self.counts[name] for name in COUNTED},
             "counts": {name: dict(sorted(Counter(pair["source"] for pair in pairs).items())) for name, pairs in rows.items()},
-            "sha256": {f"{name}.jsonl": hashlib.sha256((unfinished / f"{name}.jsonl").read_bytes()).hexdigest() for name in rows},
         }
-        (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        unfinished.rename(self.directory)
+        with unfinished(self.directory) as written:
+            write_resolved(self.config, written)
+            for name, pairs in rows.items():
+                (written / f"{name}.jsonl").write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
+            commit(written, self.directory, manifest)
 
 
 def _fingerprint(model: str) -> str:
