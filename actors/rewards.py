@@ -5,6 +5,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -66,6 +67,7 @@ class RewardFunctions:
     def __init__(self, rank: Rank, sources: Mapping[str, Called], tokens: Mapping[str, str | None]) -> None:
         """`tokens` has an entry for every server. Raises ValueError when a function does not exist."""
         self.sources = {name: self._source(name, source, tokens) for name, source in sources.items()}
+        self.threads = ThreadPoolExecutor(len(sources) or 1)  # for good: a function's process dies with the thread that started it
         functions = [source.call for source in self.sources.values() if isinstance(source.call, FunctionProcess)]
         for function in functions:
             function.ready()
@@ -88,8 +90,8 @@ class RewardFunctions:
         return Source(Tally(label, source, remedies), server, source.retries, source.batch_size, source.concurrency, source.backoff_s)
 
     def score(self, rollouts: list[Rollout]) -> dict[str, Scored]:
-        """What every source says, one after the other."""
-        return {name: source.score(rollouts) for name, source in self.sources.items()}
+        """What every source says; all are asked at once, so that the slowest one sets the time."""
+        return dict(zip(self.sources, self.threads.map(lambda source: source.score(rollouts), self.sources.values()), strict=True))
 
     def verify(self, rollouts: list[Rollout]) -> dict[str, Scored]:
         """The verifier's score of each rollout, whatever the reward is."""

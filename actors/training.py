@@ -86,7 +86,8 @@ class Training:
         except Terminated:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             self._save()
-            self.tracker.message(f"SIGTERM: step {self.state.step} is saved; checkpoint.resume=auto goes on from there")
+            saved = f"step {self.state.step} is saved; checkpoint.resume=auto goes on from there"
+            self.tracker.message(f"SIGTERM: {saved if self.state.step else 'no step was complete, so nothing is saved'}")
             raise SystemExit(0) from None
         finally:
             signal.signal(signal.SIGTERM, handler)

@@ -39,6 +39,8 @@ ROLLOUTS = [rollout("tac", SPELLING), rollout("tap", SPELLING), rollout("", SPEL
 UNKNOWN_TASK = rollout("x", {"question": "?", "answer": "x", "metadata": {"source_dataset": "no_such_task"}})
 
 FUNCTIONS = """
+import functools, pathlib, time
+
 def lengths(rollouts):
     return [len(r.text) for r in rollouts]
 
@@ -50,6 +52,14 @@ def picky(rollouts):
 
 def blind(rollouts):
     return [1.0 if r.text else float("nan") for r in rollouts]
+
+def wait_for(theirs, mine, rollouts):
+    pathlib.Path(__file__).with_name(mine).touch()
+    while not pathlib.Path(__file__).with_name(theirs).exists():
+        time.sleep(0.01)
+    return [1.0] * len(rollouts)
+
+first, second = functools.partial(wait_for, "second", "first"), functools.partial(wait_for, "first", "second")
 """
 
 
@@ -62,8 +72,8 @@ def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @contextmanager
-def built(name: str, source: VerifierReward | FunctionReward) -> Iterator[RewardFunctions]:
-    ranks = RewardFunctions(RANK, {name: source}, {})
+def built(**sources: VerifierReward | FunctionReward) -> Iterator[RewardFunctions]:
+    ranks = RewardFunctions(RANK, sources, {})
     yield ranks
     for source_of_rank in ranks.sources.values():
         if isinstance(source_of_rank.call, FunctionProcess):
@@ -71,7 +81,7 @@ def built(name: str, source: VerifierReward | FunctionReward) -> Iterator[Reward
 
 
 def scored_by(name: str, source: VerifierReward | FunctionReward) -> Scored:
-    with built(name, source) as ranks:
+    with built(**{name: source}) as ranks:
         return ranks.score(ROLLOUTS)[name]
 
 
@@ -92,12 +102,19 @@ def test_exact_only_counts_full_scores() -> None:
 
 
 def test_verify_is_the_rule_whatever_the_reward_is(functions: str) -> None:
-    with built("lengths", FunctionReward(function=f"{functions}:lengths")) as ranks:
+    with built(lengths=FunctionReward(function=f"{functions}:lengths")) as ranks:
         np.testing.assert_equal(ranks.verify(ROLLOUTS)["evaluation"].scores, scores("verifier", VerifierReward()))
 
 
 def test_a_function_of_the_user_is_called_with_the_rollouts(functions: str) -> None:
     assert scores("lengths", FunctionReward(function=f"{functions}:lengths")) == [3.0, 3.0, 0.0, 3.0, 1.0]
+
+
+def test_all_sources_are_asked_at_once(functions: str) -> None:
+    """Each of two functions answers when the other has been called; one after the other they would run out of time."""
+    sources = {name: FunctionReward(function=f"{functions}:{name}", timeout_s=20, retries=0) for name in ("first", "second")}
+    with built(**sources) as ranks:
+        assert [scored.scores for scored in ranks.score(ROLLOUTS).values()] == [[1.0] * 5, [1.0] * 5]
 
 
 def test_a_function_that_gives_too_few_scores_stops_the_run(functions: str) -> None:
