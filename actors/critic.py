@@ -45,6 +45,7 @@ class CriticRank:
             "train/critic_loss": learnt.stats.pop("critic_loss"),
             "train/critic_grad_norm": learnt.grad_norm,
             "train/critic_lr": learnt.lr,
+            "critic/updates": float(learnt.updates),
             "critic/skipped_updates": float(learnt.skipped),
             **{f"critic/{name}": value for name, value in learnt.stats.items()},
         }

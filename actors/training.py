@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -96,10 +96,12 @@ class Training:
         """From here to the end of the step the models stand between two steps."""
         self._changing = True
 
-    def metrics(self, state: TrainingState, batch: RolloutBatch, timer: Timer) -> dict[str, float]:
-        """Progress, rates, and what every role was doing in the step that led to `state`."""
+    def metrics(self, state: TrainingState, batch: RolloutBatch, learnt: Sequence[Mapping[str, float]], timer: Timer) -> dict[str, float]:
+        """Progress, rates, and what every role was doing in the step that led to `state`; `learnt` is what policy and critic say of their updates."""
         seconds = sum(s for name, s in timer.seconds.items() if "/" not in name)
-        flops = ppo_step_flops(self.ready.shapes, batch.prompt_lengths.tolist(), batch.lengths.tolist(), self.config.algorithm.ppo_epochs)
+        updates_per_epoch = self.config.updates_per_step / self.config.algorithm.ppo_epochs
+        policy_epochs, critic_epochs = (said.get(f"{role}/updates", 0.0) / updates_per_epoch for role, said in zip(("policy", "critic"), learnt, strict=True))
+        flops = ppo_step_flops(self.ready.shapes, batch.prompt_lengths.tolist(), batch.lengths.tolist(), policy_epochs, critic_epochs)
         return {
             "train/epoch": self.prompts.epoch,
             "train/num_tokens_generated": state.num_tokens_generated,

@@ -58,7 +58,7 @@ def train(config: PPOConfig) -> None:
                 generator.receive(policy.publish(state.step))
 
             measured = rollout_metrics(rollouts, state.step - 1) | score_metrics(rollouts, batch, scores, experience) | counts
-            tracker.log(state.step, training.metrics(state, batch, timer) | measured | learnt[0] | learnt[1] | generator.metrics() | rewards.metrics())
+            tracker.log(state.step, training.metrics(state, batch, learnt, timer) | measured | learnt[0] | learnt[1] | generator.metrics() | rewards.metrics())
             tracker.samples(state.step, map(sample_row, rollouts[: config.logging.samples_per_step], scores.rewards.total.tolist()))
             tracker.batch(state.step, batch=batch, scores=scores, experience=experience)
             if config.evaluation.due(state.step, config.steps):

@@ -68,10 +68,11 @@ class PPOShapes:
     vocab_size: int
 
 
-def ppo_step_flops(shapes: PPOShapes, prompt_lengths: Sequence[int], lengths: Sequence[int], ppo_epochs: int) -> int:
-    """Every role of one step: generation, scoring forwards, and ppo_epochs trainings of policy and critic.
+def ppo_step_flops(shapes: PPOShapes, prompt_lengths: Sequence[int], lengths: Sequence[int], policy_epochs: float, critic_epochs: float) -> float:
+    """Every role of one step: generation, scoring forwards, and trainings of policy and critic.
 
-    lengths: prompt and response of each rollout. Language models need logits for response tokens only, the critic a
+    lengths: prompt and response of each rollout; policy_epochs, critic_epochs: how often the learner went through them, less than
+    configured where updates were skipped or an early stop came. Language models need logits for response tokens only, the critic a
     value before each of these and one after, a reward model one output. A reward model with a tokenizer of its own is
     counted at the policy's lengths.
     """
@@ -81,7 +82,7 @@ def ppo_step_flops(shapes: PPOShapes, prompt_lengths: Sequence[int], lengths: Se
     reference = forward_flops(shapes.reference, shapes.vocab_size, lengths, responses)
     critic = 0 if shapes.critic is None else forward_flops(shapes.critic, 1, lengths, responses + len(lengths))
     rewards = sum(forward_flops(shape, 1, lengths, len(lengths)) for shape in shapes.reward_models)
-    return generator + policy + reference + critic + rewards + ppo_epochs * TRAINING * (policy + critic)
+    return generator + policy + reference + critic + rewards + TRAINING * (policy_epochs * policy + critic_epochs * critic)
 
 
 def mfu_percent(flops: float, seconds: float, peak: float) -> float:

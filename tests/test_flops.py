@@ -86,20 +86,29 @@ def test_a_step_counts_every_role() -> None:
     score = forward_flops(policy, VOCAB, [5], 2) + forward_flops(reference, VOCAB, [5], 2) + forward_flops(critic, 1, [5], 3)
     learn = 3 * (forward_flops(policy, VOCAB, [5], 2) + forward_flops(critic, 1, [5], 3))
     judge = forward_flops(reward, 1, [5], 1)
-    assert ppo_step_flops(shapes, [3], [5], ppo_epochs=2) == generate + score + judge + 2 * learn
+    assert ppo_step_flops(shapes, [3], [5], policy_epochs=2.0, critic_epochs=2.0) == generate + score + judge + 2 * learn
+
+
+def test_updates_that_were_not_made_do_not_count() -> None:
+    """The critic's warm-up, an early stop after half of an epoch."""
+    policy, critic = PRESETS["nano"], PRESETS["llama-nano"]
+    shapes = PPOShapes(policy, critic, policy, (), VOCAB)
+    full, warm_up, stopped = (ppo_step_flops(shapes, [3], [5], epochs, 1.0) for epochs in (1.0, 0.0, 0.5))
+    assert full - warm_up == 3 * forward_flops(policy, VOCAB, [5], 2)
+    assert full - stopped == (full - warm_up) / 2
 
 
 def test_without_a_critic_its_passes_do_not_count() -> None:
     shape = PRESETS["nano"]
-    with_critic, without = (ppo_step_flops(PPOShapes(shape, critic, shape, (), VOCAB), [3], [5], ppo_epochs=2) for critic in (shape, None))
+    with_critic, without = (ppo_step_flops(PPOShapes(shape, critic, shape, (), VOCAB), [3], [5], 2.0, 2.0 if critic else 0.0) for critic in (shape, None))
     assert with_critic - without == 7 * forward_flops(shape, 1, [5], 3)
 
 
 def test_flops_of_a_step_add_up_over_its_rollouts() -> None:
     shape = PRESETS["nano"]
     shapes = PPOShapes(shape, shape, shape, (), VOCAB)
-    parts = [ppo_step_flops(shapes, [p], [n], 1) for p, n in ((3, 5), (4, 9), (2, 3))]
-    assert ppo_step_flops(shapes, [3, 4, 2], [5, 9, 3], 1) == sum(parts)
+    parts = [ppo_step_flops(shapes, [p], [n], 1.0, 1.0) for p, n in ((3, 5), (4, 9), (2, 3))]
+    assert ppo_step_flops(shapes, [3, 4, 2], [5, 9, 3], 1.0, 1.0) == sum(parts)
 
 
 def test_mfu_is_a_percentage_of_the_peak_of_all_devices() -> None:
