@@ -16,8 +16,9 @@ from safetensors.numpy import load_file
 from actors.dataset import Sources, describe
 from actors.group import RankHost
 from actors.reference_logprobs import with_reference
-from actors.reward_model import load_calibration
-from actors.supervised import StageError, SupervisedRank, num_steps, prepare
+from actors.reward_sources import load_calibration
+from actors.stage_inputs import StageError, prepare
+from actors.supervised import SupervisedRank, num_steps
 from minigpt_ray.config import DPOConfig, MidtrainConfig, PretrainConfig, RewardModelConfig, SFTConfig
 from minigpt_ray.data.packing import pack_groups
 from minigpt_ray.models import TokenLogprobs, build_causal, export, load_causal, load_scalar
@@ -55,7 +56,7 @@ def config(output_dir, stage="sft", **fields):
 def build(settings):
     """A rank with windows that it packs itself: the first tenth for validation, one source in the directory of each."""
     ready = prepare(settings)
-    tokenizer, stage = load_tokenizer(ready.tokenizer), ready.stage
+    tokenizer, stage = load_tokenizer(ready.tokenizer), STAGES[ready.config.stage]
     parts = {"train": {}, "validation": {}}
     for source, files in ready.sources.items():
         examples = [group for item in stage.read(files.paths, files.only, settings) for group in stage.encode(tokenizer, item, settings)]
