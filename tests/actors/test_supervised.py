@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from safetensors.numpy import load_file
 
 from actors.dataset import Sources, describe
@@ -24,6 +23,7 @@ from minigpt_ray.data.packing import pack_groups
 from minigpt_ray.models import TokenLogprobs, build_causal, export, load_causal, load_scalar
 from minigpt_ray.stages import REFERENCE, STAGES, Batch
 from minigpt_ray.tokenizer import load_tokenizer, train_tokenizer
+from tests.actors.ranks import run_ranks
 from tests.test_metrics_doc import documented
 
 ROOTS = {root.stage: root for root in (PretrainConfig, MidtrainConfig, SFTConfig, DPOConfig, RewardModelConfig)}
@@ -272,7 +272,7 @@ def test_two_ranks_learn_as_one(run, alone):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.spawn(process, (run, port), nprocs=2)
+    run_ranks(process, (run, port), 2)
     expected = ranks_course(run)
     for found, stage in ((torch.load(run / f"rank-{index}.pt")[stage], stage) for index in range(2) for stage in expected):
         assert found["reported"] == pytest.approx(expected[stage]["reported"], rel=1e-4, abs=1e-6)
