@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from minigpt_ray.config import CalledReward
-from minigpt_ray.rl.experience import Rollout
+from minigpt_ray.rl.rollout import Rollout
 
 logger = logging.getLogger(__name__)
 

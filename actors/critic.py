@@ -13,7 +13,8 @@ from actors.learner import Learner
 from actors.placement import Cluster
 from minigpt_ray.config import AlgorithmConfig, CriticConfig, PPOConfig
 from minigpt_ray.losses import clipped_value_loss
-from minigpt_ray.models import TokenValues, load_scalar, resolve_model
+from minigpt_ray.model_directory import resolve_model
+from minigpt_ray.models import TokenValues, load_scalar
 from minigpt_ray.rl.experience import Experience, RolloutBatch
 from minigpt_ray.rl.metrics import value_metrics
 

@@ -24,25 +24,17 @@ import numpy as np
 import ray
 from jaxtyping import Bool, Float32, Int32, Int64
 from numpy.lib import format as npy
-from transformers import PreTrainedTokenizerBase
 
+from actors.stage_inputs import Files
 from minigpt_ray.config import SupervisedConfig
 from minigpt_ray.data.packing import Windows, pack_groups
 from minigpt_ray.data.rows import DataError
 from minigpt_ray.stages import Item, Stage
+from minigpt_ray.tokenizer import PreTrainedTokenizerBase
 
 MANIFEST = "manifest.json"
 NUMBERS = "numbers"
 """Directory of the columns that a stage has besides those of all stages."""
-
-
-@dataclass(frozen=True)
-class Files:
-    """What windows are made of."""
-
-    paths: tuple[Path, ...]
-    only: str | None = None
-    """The one `source` that is wanted; None: all."""
 
 
 # ------------------------------------------------------------------------------------------------------ what is stored
@@ -200,12 +192,22 @@ def choose_validation(num_rows: int, share: float, seed: int) -> set[int]:
 
 
 def tokenise_and_pack(stage: Stage, config: SupervisedConfig, items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> Iterator[StoredWindows]:
-    """Windows of these items, block by block in their order, made on all CPUs of the cluster a few blocks ahead."""
+    """Windows of these items, block by block in their order, made on all CPUs of the cluster a few blocks ahead.
+
+    A single block is made here: for it alone, the processes of Ray Data would take longer to start than to work.
+    """
     yield describe(pack_groups([], config.window))  # the columns' types, also where there are no items
-    # Pickled: Arrow would take items and ragged arrays apart.
-    blocks = [{"items": pickle.dumps(items[i : i + stage.block_items])} for i in range(0, len(items), stage.block_items)]
-    if not blocks:
-        return
+    blocks = [items[i : i + stage.block_items] for i in range(0, len(items), stage.block_items)]
+    for packed in _pack_in_parallel(stage, config, blocks, tokenizer) if len(blocks) > 1 else (_pack_block(stage, config, b, tokenizer) for b in blocks):
+        if isinstance(packed, DataError):
+            raise packed
+        yield packed
+
+
+def _pack_in_parallel(
+    stage: Stage, config: SupervisedConfig, blocks: Sequence[Sequence[Item]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[StoredWindows | DataError]:
+    """What _pack_block makes of each block, by Ray Data."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # else its execution plans stand between a job's lines
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -215,11 +217,10 @@ def tokenise_and_pack(stage: Stage, config: SupervisedConfig, items: Sequence[It
     def pack_block(block: dict[str, Any]) -> dict[str, Any]:
         return {"packed": pickle.dumps(_pack_block(stage, config, pickle.loads(block["items"]), ray.get(shared)))}
 
-    for result in ray.data.from_items(blocks, override_num_blocks=len(blocks)).map(pack_block).iter_rows():
-        packed = pickle.loads(result["packed"])
-        if isinstance(packed, DataError):
-            raise packed
-        yield packed
+    # Pickled: Arrow would take items and ragged arrays apart.
+    pickled = [{"items": pickle.dumps(block)} for block in blocks]
+    for result in ray.data.from_items(pickled, override_num_blocks=len(blocks)).map(pack_block).iter_rows():
+        yield pickle.loads(result["packed"])
 
 
 def _pack_block(stage: Stage, config: SupervisedConfig, items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> StoredWindows | DataError:

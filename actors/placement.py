@@ -80,8 +80,8 @@ class Cluster:
     def __init__(self, config: PlacementConfig, roles: Mapping[str, RolePlacement]) -> None:
         self.config, self.roles = config, roles
         self._started: dict[str, Started] = {}
-        connect(config.address, cpus=sum(r.ranks * r.cpus for r in roles.values()))
-        preflight(roles)
+        own = connect(config.address, cpus=sum(r.ranks * r.cpus for r in roles.values()))
+        preflight(roles, own)
         self._groups = {name: self._reserve(name, role, config.strategy) for name, role in roles.items()}
 
     def _reserve(self, name: str, role: RolePlacement, strategy: str) -> PlacementGroup:
@@ -136,15 +136,16 @@ def peak_flops(roles: Mapping[str, RolePlacement], device_name: str) -> float:
     return cpu_peak_flops(min(os.cpu_count() or 1, sum(role.ranks * role.cpus for role in roles.values())))
 
 
-def connect(address: str | None, cpus: int) -> None:
-    """Join a cluster, or start one on this machine with as many logical CPUs as the roles ask for."""
+def connect(address: str | None, cpus: int) -> bool:
+    """Join a cluster, or start one on this machine with as many logical CPUs as the roles ask for; whether it was started, and is this job's own."""
     os.environ.setdefault("RAY_worker_niceness", "0")  # else workers run at nice 15 and anything else starves them
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # every role has an environment of its own, which such workers lack
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a role that asked for no GPU sees none
     if ray.is_initialized():
-        return
+        return False
     if address is not None or "RAY_ADDRESS" in os.environ:
         ray.init(address=address or "auto", logging_level=logging.ERROR, log_to_driver=True)
-        return
+        return False
     start = partial(ray.init, address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, logging_level=logging.ERROR)
     try:
         start()
@@ -154,10 +155,14 @@ def connect(address: str | None, cpus: int) -> None:
         logger.warning("Ray did not start in time on this machine, which is busy; once more")
         ray.shutdown()
         start()
+    return True
 
 
-def preflight(roles: Mapping[str, RolePlacement]) -> None:
-    """Refuse within seconds what the cluster cannot hold, with a table of what is missing."""
+def preflight(roles: Mapping[str, RolePlacement], own: bool) -> None:
+    """Refuse within seconds what the cluster cannot hold, with a table of what is missing.
+
+    own: the cluster was started for this job, so that it is of no use to wait for others to leave it.
+    """
     asked = {
         "CPU": sum(r.ranks * r.cpus for r in roles.values()),
         "GPU": sum(r.ranks * r.gpus for r in roles.values()),
@@ -168,7 +173,9 @@ def preflight(roles: Mapping[str, RolePlacement]) -> None:
         missing = {name: need for name, need in asked.items() if need > present.get(name, 0.0)}
         if not missing:
             return
-        if time.monotonic() > deadline:
+        whole = ray.cluster_resources()  # empty until the node has said what it has
+        hopeless = own and whole and any(need > whole.get(name, 0.0) for name, need in missing.items())
+        if hopeless or time.monotonic() > deadline:
             rows = [f"    {name:<12} {role.ranks} x {role.cpus} CPU, {role.gpus:g} GPU" for name, role in roles.items()]
             lacking = ", ".join(f"{need:g} {name} asked and {present.get(name, 0.0):g} free" for name, need in missing.items())
             raise PlacementError("\n".join([f"the cluster cannot hold this job: {lacking}; ask for less under `placement` or add nodes", *rows]))

@@ -14,7 +14,8 @@ from actors.placement import Cluster
 from actors.weights import TRANSPORTS, Probe, Publication, probe_tokens
 from minigpt_ray.config import AlgorithmConfig, PolicyConfig, PPOConfig
 from minigpt_ray.losses import policy_loss
-from minigpt_ray.models import TokenLogprobs, export, load_causal, resolve_model
+from minigpt_ray.model_directory import resolve_model
+from minigpt_ray.models import TokenLogprobs, export, load_causal
 from minigpt_ray.rl.experience import Experience, RolloutBatch
 from minigpt_ray.tokenizer import load_tokenizer
 

@@ -1,7 +1,10 @@
-"""What a PPO job settles before any process starts: which models, which prompts, where to go on. Bad input is refused here."""
+"""What a PPO job settles before any process starts: which models, which prompts, where to go on. Bad input is refused here.
+
+Whatever can be refused without a tokenizer is refused before one is loaded, and torch with it.
+"""
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,13 +12,14 @@ from typing import Any
 import yaml
 
 from actors.placement import roles_of
-from actors.weights import PROBE_LENGTH
+from actors.reward_sources import check_sources
 from minigpt_ray.checkpoint import Checkpoints
 from minigpt_ray.cli import resolved, write_resolved
 from minigpt_ray.config import ModelReward, PPOConfig, RolePlacement, SupervisedConfig, VerifierReward
-from minigpt_ray.data.prompts import PromptSet, load_prompts
+from minigpt_ray.data.prompts import PromptSet, encode_prompts, read_prompts
+from minigpt_ray.data.rows import Row
 from minigpt_ray.flops import PPOShapes
-from minigpt_ray.models import config_json, resolve_model
+from minigpt_ray.model_directory import config_json, resolve_model
 from minigpt_ray.presets import ModelShape
 from minigpt_ray.tokenizer import load_tokenizer
 from minigpt_ray.tracking import Tracker
@@ -38,13 +42,15 @@ class Preparation:
         self.config = config
         self.directory = config.stage_dir("ppo")
         self.policy_path = resolve_model(config.policy.init_from, config.run_dir)
-        self.tokenizer = load_tokenizer(self.policy_path)
-        default = config.stage_dir("prepare_data")
-        self.prompts = load_prompts(config.data, default / "prompts.jsonl", self.tokenizer)
-        self.held_out = load_prompts(config.evaluation.data, default / "held_out.jsonl", self.tokenizer).prompts[: config.evaluation.num_prompts]
-        self._check_rewards()
         self.checkpoints = Checkpoints(self.directory / "checkpoint", config.checkpoint.keep)
         self.start = find_start(config, self.directory, self.checkpoints, MAY_DIFFER_ON_RESUME)
+        default = config.stage_dir("prepare_data")
+        prompts = read_prompts(config.data, default / "prompts.jsonl")
+        held_out = read_prompts(config.evaluation.data, default / "held_out.jsonl")
+        self._check_rewards(prompts)
+        self.tokenizer = load_tokenizer(self.policy_path)
+        self.prompts = encode_prompts(config.data, prompts, self.tokenizer)
+        self.held_out = encode_prompts(config.evaluation.data, held_out, self.tokenizer).prompts[: config.evaluation.num_prompts]
 
     @property
     def roles(self) -> dict[str, RolePlacement]:
@@ -53,6 +59,8 @@ class Preparation:
     @property
     def max_model_len(self) -> int:
         """Longest prompt and longest response together, at least what the probe of the weights takes: its tokens and one more."""
+        from actors.weights import PROBE_LENGTH  # imports torch, which this module does not
+
         responses = max(self.config.sampling.max_tokens, self.config.evaluation.sampling.max_tokens)
         return max(max(len(p.token_ids) for p in (*self.prompts.prompts, *self.held_out)) + responses, PROBE_LENGTH + 1)
 
@@ -82,14 +90,12 @@ class Preparation:
         beginning = f"goes on after step {step}" if step else "starts"
         return f"PPO {beginning}: {len(prompts):,} prompts{lost}, {len(self.held_out):,} held out, policy {self.policy_path}"
 
-    def _check_rewards(self) -> None:
-        from actors.rewards import check_sources  # not for the supervised stages, which share this module
-
-        without = sum(prompt.answer is None for prompt in self.prompts.prompts)
+    def _check_rewards(self, prompts: Sequence[Row]) -> None:
+        without = sum(prompt.answer is None for prompt in prompts)
         for name, source in self.config.rewards.items():
             if isinstance(source, VerifierReward) and without:
                 raise ValueError(
-                    f"rewards.{name} verifies answers, but {without} of {len(self.prompts)} prompts carry none; give every prompt an answer or use another reward"
+                    f"rewards.{name} verifies answers, but {without} of {len(prompts)} prompts carry none; give every prompt an answer or use another reward"
                 )
         check_sources(self.config.rewards, self.config.run_dir)
 

@@ -8,7 +8,8 @@ from actors.forward import in_micro_batches
 from actors.group import Group, Pending, Rank
 from actors.placement import Cluster
 from minigpt_ray.config import PPOConfig, ReferenceConfig
-from minigpt_ray.models import TokenLogprobs, load_causal, resolve_model
+from minigpt_ray.model_directory import resolve_model
+from minigpt_ray.models import TokenLogprobs, load_causal
 from minigpt_ray.rl.experience import RolloutBatch
 
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from actors.attempts import Fault, first_line
 from minigpt_ray.config import HttpReward
 from minigpt_ray.reward_protocol import ScoreAnswer, request_of
-from minigpt_ray.rl.experience import Rollout
+from minigpt_ray.rl.rollout import Rollout
 
 TROUBLE = (408, 429)
 """Statuses below 500 that say something about the server, not about the samples."""

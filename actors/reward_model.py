@@ -1,6 +1,5 @@
 """A frozen reward model: any sequence-classification checkpoint with one label."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -10,20 +9,12 @@ from torch import Tensor
 from actors.forward import in_micro_batches
 from actors.group import Group, Pending, Rank
 from actors.placement import Cluster
+from actors.reward_sources import load_calibration
 from minigpt_ray.config import ModelReward
-from minigpt_ray.models import VALIDATION, TokenValues, load_scalar, resolve_model
+from minigpt_ray.model_directory import resolve_model
+from minigpt_ray.models import TokenValues, load_scalar
 from minigpt_ray.rl.experience import RolloutBatch
 from minigpt_ray.tokenizer import load_tokenizer
-
-
-def load_calibration(name: str, path: str) -> tuple[float, float]:
-    """Mean and standard deviation of a reward model's scores of held-out answers. Raises ValueError where its directory does not say."""
-    file = Path(path) / VALIDATION
-    measured = json.loads(file.read_text()) if file.is_file() else {}
-    found = [measured.get(f"validation/{moment}", 0.0) for moment in ("reward_mean", "reward_std")]
-    if not found[1] > 0:
-        raise ValueError(f"{name}: normalize=true, but {file} holds no spread of held-out rewards; train with jobs.reward_model, or set normalize=false")
-    return found[0], found[1]
 
 
 class RewardModelRank:

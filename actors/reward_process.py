@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from typing import Any, cast
 
 from actors.attempts import Fault, first_line
-from minigpt_ray.rl.experience import Rollout
+from minigpt_ray.rl.rollout import Rollout
 
 START_S = 300.0
 """Seconds that a process may take to start, the imports of the function's module included."""

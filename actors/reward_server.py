@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import cast
 
-import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
@@ -16,43 +15,21 @@ from pydantic import ValidationError
 
 from actors.attempts import first_line
 from minigpt_ray.config import ServeRewardConfig
-from minigpt_ray.models import TokenValues, load_scalar, resolve_model
+from minigpt_ray.model_directory import resolve_model
 from minigpt_ray.reward_protocol import Sample, ScoreAnswer, ScoreRequest
-from minigpt_ray.rl.batching import micro_batches
-from minigpt_ray.tokenizer import encode_conversation, load_tokenizer
 
 PATH = "/score"
 
 Scorer = Callable[[list[Sample]], Sequence[float | None]]
 
 
-class ModelScorer:
-    """A sequence-classification checkpoint with one label, which reads conversations with its own tokenizer."""
-
-    def __init__(self, path: str, dtype: str, micro_batch_tokens: int) -> None:
-        self.tokenizer, self.budget = load_tokenizer(path), micro_batch_tokens
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = TokenValues(load_scalar(path, dtype, seed=0)).eval().requires_grad_(False).to(self.device)
-
-    def __call__(self, samples: list[Sample]) -> list[float]:
-        """The head's output at the end token of each response."""
-        conversations = [[*sample.prompt, {"role": "assistant", "content": sample.response}] for sample in samples]
-        rows = [torch.from_numpy(encode_conversation(self.tokenizer, messages).token_ids) for messages in conversations]
-        lengths = [len(row) for row in rows]
-        scores = [0.0] * len(rows)
-        for places in micro_batches(lengths, self.budget, ranks=1)[0] if rows else []:
-            token_ids = torch.nn.utils.rnn.pad_sequence([rows[place] for place in places], batch_first=True).to(self.device)
-            with torch.no_grad():
-                values = self.model(token_ids).cpu()
-            for row, place in enumerate(places):
-                scores[place] = float(values[row, lengths[place]])
-        return scores
-
-
 def load_scorer(config: ServeRewardConfig) -> Scorer:
     """Raises ValueError or FileNotFoundError when the function or the model does not exist."""
     if config.model is not None:
-        return ModelScorer(resolve_model(config.model, config.run_dir), config.dtype, config.micro_batch_tokens)
+        path = resolve_model(config.model, config.run_dir)
+        from actors.model_scorer import ModelScorer  # imports torch, for which neither a missing model nor a function waits
+
+        return ModelScorer(path, config.dtype, config.micro_batch_tokens)
     module, _, attribute = config.function.partition(":")
     try:
         return cast(Scorer, getattr(importlib.import_module(module), attribute))

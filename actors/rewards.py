@@ -1,25 +1,22 @@
 """Rewards, computed off the driver: verifiers, Python functions, HTTP servers and reward models, weighted together."""
 
 import math
-import os
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 import torch
 
 from actors.attempts import COUNTERS, Fault, Scored, Source, Tally, first_line
 from actors.group import Group, Pending, Rank
 from actors.placement import Cluster
 from actors.reward_http import RewardServer
-from actors.reward_model import RewardModel, load_calibration
-from actors.reward_process import FunctionProcess, load_function
+from actors.reward_model import RewardModel
+from actors.reward_process import FunctionProcess
+from actors.reward_sources import token_of
 from minigpt_ray.config import AnyReward, FunctionReward, HttpReward, ModelReward, VerifierReward
 from minigpt_ray.data.verification import verify
-from minigpt_ray.models import resolve_model
 from minigpt_ray.rl.experience import RewardScores, Rollout, RolloutBatch
 from minigpt_ray.rl.rewards import combine
 
@@ -31,34 +28,6 @@ Called = VerifierReward | FunctionReward | HttpReward
 
 class RewardError(ValueError):
     """Too many rollouts stayed without a score: one sentence with source, share, last failure and remedy."""
-
-
-def check_sources(sources: Mapping[str, AnyReward], run_dir: Path) -> None:
-    """Raises ValueError or FileNotFoundError for a function or a model that does not exist, and a server that does not answer a request without samples."""
-    for name, source in sources.items():
-        if isinstance(source, ModelReward):
-            path = resolve_model(source.init_from, run_dir)
-            if source.normalize:
-                load_calibration(f"rewards.{name}", path)
-        elif isinstance(source, FunctionReward):
-            load_function(name, source.function)
-        elif isinstance(source, HttpReward):
-            try:
-                RewardServer(source, token_of(name, source))([])
-            except (Fault, httpx.InvalidURL) as error:
-                raise ValueError(f"rewards.{name}: {error}; start the server, or correct rewards.{name}.url") from None
-
-
-def token_of(name: str, source: HttpReward) -> str | None:
-    """The bearer token that the environment holds; raises ValueError when it does not."""
-    if source.token_env is None:
-        return None
-    token = os.environ.get(source.token_env, "")
-    if not token:
-        raise ValueError(f"rewards.{name}.token_env={source.token_env}: there is no such environment variable, or it is empty; export it where the job starts")
-    if not re.fullmatch("[!-~]+", token):
-        raise ValueError(f"rewards.{name}.token_env={source.token_env}: the token has blanks, line ends or other than ASCII characters; export it without")
-    return token
 
 
 class RewardFunctions:

@@ -1,7 +1,7 @@
 """The loop that all supervised stages share, on Ray Train: N workers, each with a DeepSpeed engine.
 
-    ready = prepare(config)     # in the driver: bad input is refused before any process starts
-    fit(ready)                  # trains, writes checkpoints and <run_dir>/<stage>/model
+    ready = prepare(config)     # actors/stage_inputs.py: bad input is refused before any process starts
+    fit(ready)                  # in the driver: trains, writes checkpoints and <run_dir>/<stage>/model
 
 The driver owns the tracker: rank 0 sends it rows through a Mailbox, since Ray Train leaves the driver nothing to do but
 wait. Checkpoints are this project's own, so Ray Train's directory is a fresh one every time: under an old name it would
@@ -16,7 +16,6 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +26,25 @@ import torch
 import torch.distributed as dist
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from transformers import PreTrainedModel
 
-from actors.dataset import Files, Sources, prepare_windows
+from actors.dataset import Sources, prepare_windows
 from actors.engine import Engine, all_reduce_sum
 from actors.mailbox import Begun, Logged, Mailbox, Sender, Stopped, work
 from actors.placement import connect, environment, preflight
-from actors.preparation import MAY_DIFFER_ON_RESUME, find_start
 from actors.reference_logprobs import with_reference
-from minigpt_ray.checkpoint import Checkpoints, batch_path, save_batch, write_json_atomic
+from actors.stage_inputs import Ready, StageError
+from minigpt_ray.checkpoint import batch_path, save_batch, write_json_atomic
 from minigpt_ray.cli import resolved, write_resolved
 from minigpt_ray.config import RolePlacement, SupervisedConfig
 from minigpt_ray.data.mixing import Reading
 from minigpt_ray.data.prepared import provenance
 from minigpt_ray.flops import attention_flops, cpu_peak_flops, gpu_peak_flops, head_flops, linear_flops
-from minigpt_ray.models import VALIDATION, TokenLogprobs, TokenValues, build_causal, config_json, export, load_causal, load_scalar, resolve_model
-from minigpt_ray.presets import PRESETS, ModelShape
-from minigpt_ray.stages import STAGES, Batch, Stage
+from minigpt_ray.model_directory import VALIDATION
+from minigpt_ray.models import TokenLogprobs, TokenValues, build_causal, export, load_causal, load_scalar
+from minigpt_ray.stages import STAGES, Batch
 from minigpt_ray.tokenizer import load_tokenizer
 from minigpt_ray.tracking import Rates, Timer, Tracker
 
@@ -54,87 +54,6 @@ RESTARTS = 2
 
 HEADS: dict[str, type[TokenLogprobs] | type[TokenValues]] = {"language": TokenLogprobs, "scalar": TokenValues}
 """Stage.head -> what its loss is given as `model`."""
-
-
-class StageError(ValueError):
-    """A stage cannot run as asked: one sentence with what was found and the remedy."""
-
-
-# --------------------------------------------------------------------------------------------------- preparation
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A configuration with everything that it refers to found and checked; paths are absolute, since Ray Train changes the directory."""
-
-    config: SupervisedConfig
-    directory: Path
-    model: str | None
-    """What `from_pretrained` takes, or None for random weights of the preset."""
-    reference: str | None
-    """The same for the frozen model whose logprobs the loss asks for, or None."""
-    tokenizer: str
-    sources: Mapping[str, Files]
-    shape: ModelShape
-    start: int
-    """Step of the checkpoint to go on from, 0 for none."""
-
-    @property
-    def stage(self) -> Stage:
-        return STAGES[self.config.stage]
-
-    @property
-    def checkpoints(self) -> Checkpoints:
-        return Checkpoints(self.directory / "checkpoint", self.config.checkpoint.keep)
-
-
-def prepare(config: SupervisedConfig) -> Ready:
-    """Raises ValueError or FileNotFoundError when a model, the tokenizer or the data is not there, or when an earlier run is."""
-    directory = config.stage_dir(config.stage)
-    model = None if config.model.init_from is None else resolve_model(config.model.init_from, config.run_dir)
-    if model is None and config.model.preset not in PRESETS:
-        raise StageError(f"model.preset={config.model.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
-    reference = None if config.reference_from is None else resolve_model(config.reference_from, config.run_dir)
-    trained = config.stage_dir("prepare_data") / "tokenizer"
-    if model is None and config.model.tokenizer is None and not trained.is_dir():
-        raise StageError(f"no tokenizer at {trained}; {_before_this(config)}, or set model.tokenizer or model.init_from")
-    tokenizer = model or config.model.tokenizer or str(trained)
-    sources = _find_sources(config)
-    shape = _shape(model, config.model.preset)
-    if config.window > shape.max_positions:
-        raise StageError(f"window={config.window} is longer than the model's {shape.max_positions} positions; use at most so many")
-    checkpoints = Checkpoints(directory / "checkpoint", config.checkpoint.keep)
-    latest = find_start(config, directory, checkpoints, MAY_DIFFER)
-    start = 0 if latest is None else checkpoints.step_of(latest)
-    tokenizer = str(Path(tokenizer).absolute()) if Path(tokenizer).is_dir() else tokenizer
-    return Ready(config, directory, model, reference, tokenizer, sources, shape, start)
-
-
-def _find_sources(config: SupervisedConfig) -> dict[str, Files]:
-    """The files of every source; a source without files is what the stage's files say is theirs."""
-    common = tuple(path.absolute() for path in config.files) or (config.run_dir / STAGES[config.stage].default_data,)
-    own = {name: tuple(path.absolute() for path in source.files) for name, source in config.sources.items()}
-    sources = {name: Files(paths) if paths else Files(common, only=name or None) for name, paths in own.items()}
-    for name, source in sources.items():
-        given = f"mix.{name}.files" if name and own[name] else "files" if config.files else ""
-        for path in source.paths:
-            if not path.is_file():
-                raise StageError(f"no data file {path}; {f'correct {given}' if given else f'{_before_this(config)}, or set files'}")
-    return sources
-
-
-def _before_this(config: SupervisedConfig) -> str:
-    return f"run python -m jobs.prepare_data run={config.run} output_dir={config.output_dir} first"
-
-
-MAY_DIFFER = (*MAY_DIFFER_ON_RESUME, "epochs", "tokens", "cpus_per_worker", "validation_every")
-"""Fields that a resumed run may change."""
-
-
-def _shape(model: str | None, preset: str) -> ModelShape:
-    if model is None:
-        return PRESETS[preset]
-    return ModelShape.from_config_json(config_json(model))
 
 
 def num_steps(config: SupervisedConfig, windows: Sources) -> int:
@@ -151,10 +70,10 @@ def num_steps(config: SupervisedConfig, windows: Sources) -> int:
 
 def fit(ready: Ready) -> Path:
     """Train as configured; returns the directory of the model. Raises DataError for bad rows, StageError when a loss is not finite."""
-    config, stage = ready.config, ready.stage
+    config, stage = ready.config, STAGES[ready.config.stage]
     cpus = config.num_workers * config.cpus_per_worker
-    connect(None, cpus)
-    preflight({stage.name: RolePlacement(ranks=config.num_workers, cpus=config.cpus_per_worker, gpus=config.gpus_per_worker)})
+    own = connect(None, cpus)
+    preflight({stage.name: RolePlacement(ranks=config.num_workers, cpus=config.cpus_per_worker, gpus=config.gpus_per_worker)}, own)
     tokenizer = load_tokenizer(ready.tokenizer)
     stored = {name: prepare_windows(stage, config, files, tokenizer, ready.directory / "windows") for name, files in ready.sources.items()}
     windows = Sources.load(stored, "train")
@@ -191,13 +110,15 @@ def fit(ready: Ready) -> Path:
 
 
 class _Trainer(TorchTrainer):
-    """A TorchTrainer without the process that looks after placement groups when Ray Train's controller is killed.
+    """A TorchTrainer without two processes that have nothing to do here.
 
-    They go with the driver's job anyway; without a dashboard that process prints a warning every second.
+    One looks after placement groups when Ray Train's controller is killed: they go with the driver's job anyway, and without
+    a dashboard it prints a warning every second. The other deals out Ray Data sets to the workers, which read stored windows.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, PlacementGroupCleanerCallback)]  # type: ignore[misc]
+        idle = (PlacementGroupCleanerCallback, DatasetsCallback)
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, idle)]  # type: ignore[misc]
 
 
 def _trainer(ready: Ready, stored: Mapping[str, Path], mailbox: Any) -> TorchTrainer:
@@ -297,7 +218,7 @@ class SupervisedRank:
     def __init__(self, ready: Ready, windows: Sources, validation: Sources) -> None:
         config = ready.config
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.ready, self.config, self.stage = ready, config, ready.stage
+        self.ready, self.config, self.stage = ready, config, STAGES[config.stage]
         self.windows, self.validation = windows, validation
         self.tokenizer = load_tokenizer(ready.tokenizer)
         self.model = self._model()

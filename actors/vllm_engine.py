@@ -53,6 +53,8 @@ class VLLMEngine:
         gpu = torch.cuda.is_available()
         memory: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_utilization} if gpu else {"kv_cache_memory_bytes": config.kv_cache_mib << 20}
         if not gpu:
+            # vLLM would compile two small functions, for which it needs a C++ compiler and, the first time, 20 seconds.
+            torch._dynamo.config.disable = True
             # A prompt that is read in parts makes vLLM turn back its sample's random generator, which a CPU generator cannot.
             memory |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(CPU_BATCH_TOKENS, max_model_len)}
         self.llm = LLM(

@@ -170,7 +170,7 @@ def main(arguments: list[str]) -> None:
     if given.temperature < 0 or given.max_tokens < 1:
         parser.error(f"--temperature {given.temperature:g} --max-tokens {given.max_tokens}: a temperature of at least 0 and at least one token are needed")
     with one_sentence():
-        from minigpt_ray.models import resolve_model
+        from minigpt_ray.model_directory import resolve_model
 
         path = resolve_model(given.model, Path())
         talker = BACKENDS[given.backend](path, given.max_tokens, given.temperature, given.seed)

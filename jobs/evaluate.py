@@ -13,25 +13,28 @@ from minigpt_ray.config import EvaluateConfig
 
 def run(config: EvaluateConfig) -> None:
     """Evaluate every model, one after the other."""
+    from actors.reward_sources import check_sources
+    from minigpt_ray.data.prompts import encode_prompts, read_prompts
+    from minigpt_ray.model_directory import resolve_model
+    from minigpt_ray.tokenizer import load_tokenizer
+
+    with one_sentence():  # the first tokenizer brings torch; most of what can be refused is refused before
+        paths = {name: resolve_model(name, config.run_dir) for name in config.models}
+        rows = read_prompts(config.data, config.stage_dir("prepare_data") / "held_out.jsonl")
+        check_sources(config.rewards, config.run_dir)
+        held_out = {name: encode_prompts(config.data, rows, load_tokenizer(path)).prompts[: config.num_prompts] for name, path in paths.items()}
+
     from rich.console import Console
 
     from actors.evaluation import at_temperature_one, judge
     from actors.generator import Generator
     from actors.placement import Cluster, roles_of_evaluation
-    from actors.rewards import Rewards, check_sources
+    from actors.rewards import Rewards
     from minigpt_ray.checkpoint import write_json_atomic
     from minigpt_ray.cli import write_resolved
-    from minigpt_ray.data.prompts import load_prompts
     from minigpt_ray.evaluation import Judged, figures, pass_figures, results_table, win_rate
-    from minigpt_ray.models import resolve_model
     from minigpt_ray.report import write_report
-    from minigpt_ray.tokenizer import load_tokenizer
 
-    with one_sentence():
-        paths = {name: resolve_model(name, config.run_dir) for name in config.models}
-        default = config.stage_dir("prepare_data") / "held_out.jsonl"
-        check_sources(config.rewards, config.run_dir)
-        held_out = {name: load_prompts(config.data, default, load_tokenizer(path)).prompts[: config.num_prompts] for name, path in paths.items()}
     results: dict[str, dict[str, float]] = {}
     judged: dict[str, Judged] = {}
     console = Console()

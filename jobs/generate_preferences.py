@@ -17,27 +17,32 @@ def run(config: GeneratePreferencesConfig) -> None:
     """Answer, score, pair, write; nothing when the same configuration and model have done so before."""
     from rich.console import Console
 
-    from actors.evaluation import judged_answers
-    from actors.generator import Generator
-    from actors.placement import Cluster, roles_of_evaluation
-    from actors.rewards import RewardError, Rewards, check_sources
+    from actors.reward_sources import check_sources
     from minigpt_ray.data.preferences import PairFile, load_right_answers, make_pairs, summary
-    from minigpt_ray.data.prompts import load_prompts
-    from minigpt_ray.models import resolve_model
+    from minigpt_ray.data.prompts import encode_prompts, read_prompts
+    from minigpt_ray.model_directory import resolve_model
     from minigpt_ray.tokenizer import load_tokenizer
 
     console = Console()
-    with one_sentence():
+    with one_sentence():  # the tokenizer brings torch; most of what can be refused is refused before
         path = resolve_model(config.model, config.run_dir)
         file = PairFile(config.stage_dir(STAGE), config, path)
         if file.is_complete:
             console.print(f"{file.directory} is complete and was made by this config and model; nothing to do", soft_wrap=True)
             return
+        default = config.stage_dir("prepare_data") / "prompts.jsonl"
+        rows = read_prompts(config.data, default)
         check_sources(config.rewards, config.run_dir)
         tokenizer = load_tokenizer(path)
-        default = config.stage_dir("prepare_data") / "prompts.jsonl"
-        prompts = load_prompts(config.data, default, tokenizer).prompts[: config.num_prompts]
+        prompts = encode_prompts(config.data, rows, tokenizer).prompts[: config.num_prompts]
         right = load_right_answers(config.data, default, prompts, tokenizer) if config.right_answer else {}
+
+    from actors.evaluation import judged_answers
+    from actors.generator import Generator
+    from actors.placement import Cluster, roles_of_evaluation
+    from actors.rewards import RewardError, Rewards
+
+    with one_sentence():
         cluster = Cluster(config.placement, roles_of_evaluation(config.placement, config.rewards))
     with cluster, one_sentence((RewardError,)), console.status("loading the model and the reward sources") as status:
         longest = max(len(prompt.token_ids) for prompt in prompts) + config.sampling.max_tokens

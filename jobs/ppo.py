@@ -14,6 +14,11 @@ from minigpt_ray.config import PPOConfig
 
 def train(config: PPOConfig) -> None:
     """Run PPO from the newest checkpoint (checkpoint.resume=auto) or from the beginning."""
+    from actors.preparation import Preparation
+
+    with one_sentence():  # bad input is refused before any process starts, and most of it before torch is imported
+        ready = Preparation(config)
+
     from actors.collection import collect
     from actors.critic import start_critic
     from actors.evaluation import log_evaluation, sample_row
@@ -21,7 +26,6 @@ def train(config: PPOConfig) -> None:
     from actors.group import OutOfRestarts, Pending, gather
     from actors.placement import Cluster
     from actors.policy import Policy
-    from actors.preparation import Preparation
     from actors.reference import Reference
     from actors.rewards import RewardError, Rewards
     from actors.training import Training
@@ -30,8 +34,7 @@ def train(config: PPOConfig) -> None:
     from minigpt_ray.rl.step import make_experience
     from minigpt_ray.tracking import Timer
 
-    with one_sentence():  # bad input, and a request that the cluster cannot hold, are refused before any process starts
-        ready = Preparation(config)
+    with one_sentence():
         cluster = Cluster(config.placement, ready.roles)
     with cluster, ready.tracker() as tracker:
         tensor_parallel, tolerance = config.placement.generator.tensor_parallel, config.weights.probe_tolerance

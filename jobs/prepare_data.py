@@ -26,9 +26,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase
 
-from minigpt_ray.cli import help_text, is_mix, load_config
+from minigpt_ray.cli import is_mix, load_config
 from minigpt_ray.config import FileSource, MixConfig, PrepareConfig, TokenizerConfig
 from minigpt_ray.data import mix_summary
 from minigpt_ray.data.contents import contents_of
@@ -38,7 +37,8 @@ from minigpt_ray.data.reasoning import Entry, check_scores, split
 from minigpt_ray.data.records import DataError
 from minigpt_ray.data.sources import Watch, paths
 from minigpt_ray.data.spool import Spool, origins
-from minigpt_ray.tokenizer import encode_conversation, encode_prompt, load_tokenizer, train_tokenizer
+from minigpt_ray.help import help_text
+from minigpt_ray.tokenizer import PreTrainedTokenizerBase, encode_conversation, encode_prompt, load_tokenizer, train_tokenizer
 
 STAGE = "prepare_data"
 SETS = ("demonstrations", "prompts", "held_out")

@@ -13,10 +13,13 @@ from minigpt_ray.config import SFTConfig
 
 def train(config: SFTConfig) -> None:
     """Train from the newest checkpoint (checkpoint.resume=auto) or from the beginning; ends with a sentence where that cannot be."""
-    from actors.supervised import fit, prepare
+    from actors.stage_inputs import prepare
 
     with one_sentence():
-        fit(prepare(config))
+        ready = prepare(config)
+        from actors.supervised import fit  # imports torch, for which what is refused above does not wait
+
+        fit(ready)
 
 
 if __name__ == "__main__":

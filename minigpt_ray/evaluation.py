@@ -9,7 +9,7 @@ from rich.table import Table
 
 from minigpt_ray import intervals
 from minigpt_ray.intervals import Estimate
-from minigpt_ray.rl.experience import Rollout
+from minigpt_ray.rl.rollout import Rollout
 
 
 @dataclass(frozen=True)

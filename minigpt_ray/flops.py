@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-import torch
-
 from minigpt_ray.presets import ModelShape
 
 # ------------------------------------------------------------------------------------------------------ the work
@@ -134,6 +132,8 @@ def cpu_peak_flops(threads: int) -> float:
     One thread finds a free moment even on a busy machine, where a product over all of them would never be at its best.
     bfloat16 is measured against it too: a CPU without matrix units is slower there.
     """
+    import torch  # a job's inputs are checked with the rest of this module, before torch is imported
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     size = 512

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field
 
 from minigpt_ray.data.verification import verify
-from minigpt_ray.rl.experience import Rollout
+from minigpt_ray.rl.rollout import Rollout
 
 
 class Sample(BaseModel):

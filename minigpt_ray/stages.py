@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from minigpt_ray.config import DocumentsConfig, DPOConfig, RewardModelConfig, SFTConfig, SupervisedConfig
 from minigpt_ray.data import documents
@@ -24,7 +23,7 @@ from minigpt_ray.data.packing import Group, Windows, split
 from minigpt_ray.data.pairs import Pair, read_pairs
 from minigpt_ray.data.rows import DataError, Row, read_rows
 from minigpt_ray.losses import PREFERENCE_LOSSES, PairLogprobs, language_model_loss, log_odds_loss
-from minigpt_ray.tokenizer import Example, Messages, encode_conversation, encode_document, encode_prompt
+from minigpt_ray.tokenizer import Example, Messages, PreTrainedTokenizerBase, encode_conversation, encode_document, encode_prompt
 
 REFERENCE = "reference_logprobs"
 """Logprobs of the loss's tokens under the frozen model of `config.reference_from`, among the numbers of a batch; none with simpo."""
@@ -73,8 +72,6 @@ class Stage:
 
     name: str
     """Its directory in the run, and what `init_from` calls it."""
-    default_data: str
-    """Where its data is when the config names no files, below the run directory."""
     read: Callable[[Sequence[Path], str | None, Any], Sequence[Item]]
     """(files, the one source that is wanted or None, config) -> what is tokenised, in the driver. Raises DataError."""
     encode: Callable[[PreTrainedTokenizerBase, Any, Any], list[Group]]
@@ -245,16 +242,14 @@ def with_spread(stats: Mapping[str, float]) -> dict[str, float]:
 OF_DOCUMENTS: dict[str, Any] = {"block_items": 16, "settings": ("attend_across_documents",)}
 OF_PAIRS: dict[str, Any] = {"mean_over": "num_examples", "segments": 2, "belongs_to": prompt_of}
 
-DOCUMENTS, DEMONSTRATIONS, PREFERENCES = (f"prepare_data/{name}.jsonl" for name in ("documents", "demonstrations", "preferences"))
-
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("pretrain", DOCUMENTS, read_stretches, encode_documents, next_token_loss, with_perplexity, **OF_DOCUMENTS),
-        Stage("midtrain", DOCUMENTS, read_stretches, encode_documents, next_token_loss, with_perplexity, **OF_DOCUMENTS),
-        Stage("sft", DEMONSTRATIONS, read_demonstrations, encode_row, next_token_loss, with_perplexity, settings=("separator",)),
-        Stage("dpo", PREFERENCES, read_preferences, encode_pair, preference_loss, as_they_are, **OF_PAIRS),
-        Stage("reward_model", PREFERENCES, read_preferences, encode_ranked, ranking_loss, with_spread, head="scalar", **OF_PAIRS),
+        Stage("pretrain", read_stretches, encode_documents, next_token_loss, with_perplexity, **OF_DOCUMENTS),
+        Stage("midtrain", read_stretches, encode_documents, next_token_loss, with_perplexity, **OF_DOCUMENTS),
+        Stage("sft", read_demonstrations, encode_row, next_token_loss, with_perplexity, settings=("separator",)),
+        Stage("dpo", read_preferences, encode_pair, preference_loss, as_they_are, **OF_PAIRS),
+        Stage("reward_model", read_preferences, encode_ranked, ranking_loss, with_spread, head="scalar", **OF_PAIRS),
     )
 }
 """The stages that learn from given text, in the order of a model's life."""

@@ -3,16 +3,22 @@
 Generation encodes a prompt (`encode_prompt`), training a whole conversation with a loss mask (`encode_conversation`).
 Both go through the same segments, so that the first is an exact prefix of the second whatever the merges are: the
 policy is never asked for an answer in another context than the one it was trained in.
+
+transformers, and with it torch, is imported where a tokenizer is made or loaded: what is refused before that is refused at once.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+else:
+    PreTrainedTokenizerBase = Any
 
 PAD, START, END, DOCUMENT_END = SPECIAL_TOKENS = ("<|pad|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
 
@@ -54,6 +60,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, phrases: Sequence[str
     Deterministic. `vocab_size=260` merges nothing: characters (bytes) as tokens. Raises ValueError below that. `phrases`
     become one token each, on top of `vocab_size`.
     """
+    from transformers import PreTrainedTokenizerFast
+
     smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
         raise ValueError(f"vocab_size={vocab_size} has no room for the 256 bytes and {len(SPECIAL_TOKENS)} special tokens; use at least {smallest}")
@@ -74,6 +82,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """A tokenizer from a directory (Path) or, as text, also from the hub. Raises ValueError when it has no end token."""
     if isinstance(path, Path) and not path.is_dir():
         raise ValueError(f"no tokenizer at {path}; python -m jobs.prepare_data trains one")
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(str(path))
     if tokenizer.eos_token is None:
         raise ValueError(f"the tokenizer {path} has no eos_token, so a response could never end; set eos_token in its tokenizer_config.json")

@@ -12,6 +12,7 @@ QUIET = {
     "VLLM_NO_USAGE_STATS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
+    "RAY_prestart_worker_first_driver": "0",
     "MPLBACKEND": "Agg",
 }
 os.environ.update(THREADS | QUIET)

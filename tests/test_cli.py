@@ -74,9 +74,9 @@ def test_named_things_in_a_file_replace_the_default_ones_and_an_override_edits_o
     ],
 )
 def test_scalars_follow_yaml_1_2(text, value):
-    from minigpt_ray.cli import _split
+    from minigpt_ray.settings import split
 
-    found = _split([f"x={text}"])[1][0].value
+    found = split([f"x={text}"])[1][0].value
     assert found == value and type(found) is type(value)
 
 
@@ -177,13 +177,13 @@ def test_every_mistake_is_told_and_the_process_ends_with_code_2(capsys):
 
 @pytest.mark.parametrize("root", ROOTS)
 def test_help_lists_every_field(root, capsys):
-    from minigpt_ray.cli import _paths
+    from minigpt_ray.schema import field_paths
 
     with pytest.raises(SystemExit) as caught:
         load_config(root, ["--help"])
     out = capsys.readouterr().out
     assert caught.value.code == 0 and out.startswith(root.__doc__)
-    for path in _paths(root):
+    for path in field_paths(root):
         assert ".".join(path) in out
 
 

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from minigpt_ray.models import TokenLogprobs, TokenValues, build_causal, export, load_causal, load_scalar, resolve_model
+from minigpt_ray.model_directory import resolve_model
+from minigpt_ray.models import TokenLogprobs, TokenValues, build_causal, export, load_causal, load_scalar
 from minigpt_ray.tokenizer import load_tokenizer, train_tokenizer
 
 

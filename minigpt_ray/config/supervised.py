@@ -36,6 +36,8 @@ class SupervisedConfig(JobConfig):
 
     stage: ClassVar[str]
     """Key of STAGES in minigpt_ray/stages.py."""
+    default_data: ClassVar[str]
+    """Where its data is when the configuration names no files, below the run directory."""
 
     model: ModelConfig = ModelConfig()
     """The model to train."""
@@ -102,6 +104,7 @@ class SupervisedConfig(JobConfig):
 class DocumentsConfig(SupervisedConfig):
     """What the stages that learn from documents have."""
 
+    default_data: ClassVar[str] = "prepare_data/documents.jsonl"
     files: tuple[Path, ...] = ()
     """JSON Lines files of {"text", "source"}, or plain text files (.txt, .md); none: what prepare_data wrote in this run."""
     window: PositiveInt = 512
@@ -163,6 +166,7 @@ class SFTConfig(SupervisedConfig):
     """python -m jobs.sft: supervised fine-tuning on Ray Train."""
 
     stage: ClassVar[str] = "sft"
+    default_data: ClassVar[str] = "prepare_data/demonstrations.jsonl"
     files: tuple[Path, ...] = ()
     """JSONL files of demonstrations; none: what prepare_data wrote in this run."""
     separator: str | None = None
@@ -175,6 +179,7 @@ class SFTConfig(SupervisedConfig):
 class PreferencesConfig(SupervisedConfig):
     """What the stages that learn from preference pairs have."""
 
+    default_data: ClassVar[str] = "prepare_data/preferences.jsonl"
     model: ModelConfig = ModelConfig(init_from="sft")
     """The model to train."""
     files: tuple[Path, ...] = ()

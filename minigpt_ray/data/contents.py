@@ -5,14 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from minigpt_ray.data.formats import PAIR_FORMATS, PairOfAnswers, in_one_format, recognise
 from minigpt_ray.data.reasoning import check_scores
 from minigpt_ray.data.records import DataError, read_records
 from minigpt_ray.data.rows import Row, read_rows, source_of
 from minigpt_ray.data.sources import ALL_FORMATS
-from minigpt_ray.tokenizer import encode_conversation, encode_prompt
+from minigpt_ray.tokenizer import PreTrainedTokenizerBase, encode_conversation, encode_prompt
 
 
 @dataclass(frozen=True)

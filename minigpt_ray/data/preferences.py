@@ -16,15 +16,14 @@ from typing import Any
 import numpy as np
 import xxhash
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase
 
 from minigpt_ray.cli import resolved, write_resolved
 from minigpt_ray.config import GeneratePreferencesConfig, PromptsConfig
 from minigpt_ray.data.prepared import commit, unfinished
 from minigpt_ray.data.rows import DataError, Message, read_rows
 from minigpt_ray.data.verification import verify
-from minigpt_ray.rl.experience import Prompt, Rollout
-from minigpt_ray.tokenizer import encode_conversation
+from minigpt_ray.rl.rollout import Prompt, Rollout
+from minigpt_ray.tokenizer import PreTrainedTokenizerBase, encode_conversation
 
 Pair = dict[str, Any]
 """A row of preferences.jsonl."""

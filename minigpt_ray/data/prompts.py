@@ -5,12 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from minigpt_ray.config import PromptsConfig
 from minigpt_ray.data.rows import DataError, Message, Row, read_rows
-from minigpt_ray.rl.experience import Prompt
-from minigpt_ray.tokenizer import encode_prompt
+from minigpt_ray.rl.rollout import Prompt
+from minigpt_ray.tokenizer import PreTrainedTokenizerBase, encode_prompt
 
 
 @dataclass(frozen=True)
@@ -26,16 +25,22 @@ class PromptSet:
 
 
 def load_prompts(config: PromptsConfig, default_file: Path, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
-    """The prompts of `config.files`, or of `default_file` when it names none; demonstrations give their prompt.
+    """The prompts of `config.files`, or of `default_file` when it names none. Raises DataError, as the two that it is made of."""
+    return encode_prompts(config, read_prompts(config, default_file), tokenizer)
 
-    Raises DataError for a malformed file, for a prompt that is too long when `too_long` is `refuse`, and when none is left.
-    """
+
+def read_prompts(config: PromptsConfig, default_file: Path) -> list[Row]:
+    """What `load_prompts` encodes. Needs no tokenizer, so that a malformed file is refused before one is loaded. Raises DataError."""
     if not config.files and not default_file.is_file():
         raise DataError(f"{default_file}: no such file, and no other was given; run python -m jobs.prepare_data first or set data.files")
-    files = config.files or (default_file,)
+    return list(read_rows(config.files or (default_file,), config.separator))
+
+
+def encode_prompts(config: PromptsConfig, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+    """Demonstrations give their prompt. Raises DataError for a prompt that is too long when `too_long` is `refuse`, and when none is left."""
     prompts: list[Prompt] = []
     dropped = truncated = 0
-    for row in read_rows(files, config.separator):
+    for row in rows:
         messages, token_ids = row.prompt, _encode(tokenizer, row.prompt, row.place)
         if len(token_ids) > config.max_prompt_tokens:
             if config.too_long == "refuse":
@@ -51,7 +56,7 @@ def load_prompts(config: PromptsConfig, default_file: Path, tokenizer: PreTraine
         prompts.append(Prompt(len(prompts), messages, token_ids, row.source, row.answer))
     if not prompts:
         raise DataError(
-            f"{', '.join(map(str, files))}: all {dropped} prompts are longer than max_prompt_tokens={config.max_prompt_tokens}; raise it or set too_long=truncate_left"
+            f"{rows[0].place} and on: all {dropped} prompts are longer than max_prompt_tokens={config.max_prompt_tokens}; raise it or set too_long=truncate_left"
         )
     return PromptSet(tuple(prompts), dropped, truncated)
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from actors.dataset import Files, StoredWindows, choose_validation, describe, prepare_windows
+from actors.dataset import StoredWindows, choose_validation, describe, prepare_windows
+from actors.stage_inputs import Files
 from minigpt_ray.config import PretrainConfig, RewardModelConfig, SFTConfig
 from minigpt_ray.data.packing import pack
 from minigpt_ray.data.rows import DataError
@@ -144,7 +145,8 @@ def test_one_source_of_a_file_has_windows_of_its_own(ray_cluster, tokenizer, tmp
 
 
 @pytest.mark.ray
-def test_a_bad_line_far_into_a_file_is_named(ray_cluster, tokenizer, tmp_path):
+def test_a_bad_line_far_into_a_file_is_named(ray_cluster, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setitem(STAGES, "pretrain", replace(STAGES["pretrain"], block_items=4))
     documents_file(tmp_path / "d.jsonl", 300)
     with (tmp_path / "d.jsonl").open("a") as file:
         file.write('{"txt": "?"}\n')

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from torch import nn
 
 from actors.engine import Engine, schedule
 from minigpt_ray.config import EngineConfig, OptimizerConfig
+from tests.actors.ranks import run_ranks
 
 OPTIMIZER = OptimizerConfig(lr=1e-2, schedule="cosine", warmup_steps=3, weight_decay=0.1, max_grad_norm=0.5)
 STEPS, ROWS, BAD_STEP = 5, 8, 2
@@ -120,7 +120,7 @@ def saved_and_loaded(engine, stage, rank, world, directory):
 def results(tmp_path_factory):
     directory = tmp_path_factory.mktemp("engine")
     for world in (1, 2):
-        multiprocessing.spawn(process, (world, directory), nprocs=world)
+        run_ranks(process, (world, directory), world)
     return {world: torch.load(directory / f"world-{world}.pt", weights_only=False) for world in (1, 2)}
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -23,6 +22,7 @@ from minigpt_ray.config import AlgorithmConfig, CriticConfig, OptimizerConfig, P
 from minigpt_ray.models import TokenLogprobs, TokenValues, export, load_causal, load_scalar
 from minigpt_ray.rl.experience import Experience, RolloutBatch
 from minigpt_ray.tokenizer import load_tokenizer
+from tests.actors.ranks import run_ranks
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -158,7 +158,7 @@ def one_rank(nano: Path) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def two_ranks(nano: Path, one_rank: dict[str, object]) -> list[dict[str, object]]:
     torch.save(one_rank["logprobs"], nano / "logprobs.pt")
-    multiprocessing.spawn(process, (nano, free_port()), nprocs=2)
+    run_ranks(process, (nano, free_port()), 2)
     return [torch.load(nano / f"rank-{index}.pt", weights_only=False) for index in range(2)]
 
 

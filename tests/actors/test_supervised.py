@@ -10,19 +10,20 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from safetensors.numpy import load_file
 
 from actors.dataset import Sources, describe
 from actors.group import RankHost
 from actors.reference_logprobs import with_reference
-from actors.reward_model import load_calibration
-from actors.supervised import StageError, SupervisedRank, num_steps, prepare
+from actors.reward_sources import load_calibration
+from actors.stage_inputs import StageError, prepare
+from actors.supervised import SupervisedRank, num_steps
 from minigpt_ray.config import DPOConfig, MidtrainConfig, PretrainConfig, RewardModelConfig, SFTConfig
 from minigpt_ray.data.packing import pack_groups
 from minigpt_ray.models import TokenLogprobs, build_causal, export, load_causal, load_scalar
 from minigpt_ray.stages import REFERENCE, STAGES, Batch
 from minigpt_ray.tokenizer import load_tokenizer, train_tokenizer
+from tests.actors.ranks import run_ranks
 from tests.test_metrics_doc import documented
 
 ROOTS = {root.stage: root for root in (PretrainConfig, MidtrainConfig, SFTConfig, DPOConfig, RewardModelConfig)}
@@ -55,7 +56,7 @@ def config(output_dir, stage="sft", **fields):
 def build(settings):
     """A rank with windows that it packs itself: the first tenth for validation, one source in the directory of each."""
     ready = prepare(settings)
-    tokenizer, stage = load_tokenizer(ready.tokenizer), ready.stage
+    tokenizer, stage = load_tokenizer(ready.tokenizer), STAGES[ready.config.stage]
     parts = {"train": {}, "validation": {}}
     for source, files in ready.sources.items():
         examples = [group for item in stage.read(files.paths, files.only, settings) for group in stage.encode(tokenizer, item, settings)]
@@ -271,7 +272,7 @@ def test_two_ranks_learn_as_one(run, alone):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.spawn(process, (run, port), nprocs=2)
+    run_ranks(process, (run, port), 2)
     expected = ranks_course(run)
     for found, stage in ((torch.load(run / f"rank-{index}.pt")[stage], stage) for index in range(2) for stage in expected):
         assert found["reported"] == pytest.approx(expected[stage]["reported"], rel=1e-4, abs=1e-6)

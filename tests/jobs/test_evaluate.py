@@ -53,7 +53,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(home: Path) -> subprocess.CompletedProcess[str]:
-    source = ["rewards.codes.kind=function", "rewards.codes.function=a_users_rewards:codes"]
+    """By the engine that starts sooner; the README's evaluation generates with vLLM."""
+    source = ["generator.backend=transformers", "rewards.codes.kind=function", "rewards.codes.function=a_users_rewards:codes"]
     done = evaluate(f"output_dir={home}", *source, "pass_at=[1,2]", "pass_samples=3", "baseline=sft", "judge=codes", path=str(home))
     assert done.returncode == 0, done.stdout + done.stderr
     return done

@@ -36,7 +36,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_answers_become_pairs_and_a_second_call_finds_them(home: Path) -> None:
-    arguments = [f"output_dir={home}", "rewards.codes.kind=function", "rewards.codes.function=a_users_rewards:codes"]
+    arguments = [f"output_dir={home}", "generator.backend=transformers", "rewards.codes.kind=function", "rewards.codes.function=a_users_rewards:codes"]
     done = generate(*arguments, path=str(home))
     assert done.returncode == 0, done.stdout + done.stderr
     directory = home / "debug" / "generate_preferences"

@@ -1,6 +1,7 @@
-"""A stage that mixes sources, as a user runs it: killed with SIGKILL on the way, and gone on with by the same command."""
+"""A supervised stage, here one that mixes sources, as a user runs it: wounded, stopped and killed on the way, and gone on with by the same command."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ def output_dir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("outputs")
     tokenizer = train_tokenizer(["a"], 260)
     texts = [(f"{i} and {i} make {2 * i}.", "sums") if i % 2 else (f"word {i} " * (1 + i % 40), "words") for i in range(2, 600)]
-    for run in ("whole", "killed"):
+    for run in ("whole", "broken"):
         (directory / run / "prepare_data").mkdir(parents=True)
         rows = "".join(json.dumps({"text": text, "source": source}) + "\n" for text, source in texts)
         (directory / run / "prepare_data" / "documents.jsonl").write_text(rows)
@@ -40,12 +41,23 @@ def start(output_dir, run):
     )
 
 
-def course_of(job, stage, said):
-    """What the rows of a job say about learning and reading, once it has ended well."""
+def course_of(job, stage):
+    """What a job said that has ended well, and what its rows say about learning and reading."""
     output = job.communicate(timeout=500)[0]
-    assert job.returncode == 0 and said in output, output
+    assert job.returncode == 0, output
     names = ("step", "train/loss", "train/grad_norm", "train/lr", "train/num_tokens_seen/sums", "train/num_tokens_seen/words", "validation/loss")
-    return [{name: row[name] for name in names if name in row} for row in read_metrics(stage / "metrics.jsonl")]
+    return output, [{name: row[name] for name in names if name in row} for row in read_metrics(stage / "metrics.jsonl")]
+
+
+def wait_for_rows(job, stage, number):
+    metrics = stage / "metrics.jsonl"
+    while job.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= number):
+        time.sleep(0.05)
+    assert job.poll() is None, job.communicate()[0]
+
+
+def kill_worker(job):
+    next(p for p in psutil.Process(job.pid).children(recursive=True) if "RayTrainWorker" in p.name() + "".join(p.cmdline())).kill()
 
 
 def kill_all(job):
@@ -58,23 +70,47 @@ def kill_all(job):
     job.communicate()
 
 
+@pytest.fixture(scope="module")
+def whole(output_dir):
+    """The course of a run that nothing happened to."""
+    output, rows = course_of(start(output_dir, "whole"), output_dir / "whole" / "midtrain")
+    assert "midtrain starts:" in output
+    return rows
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_killed_mix_goes_on_as_if_it_had_not_been(output_dir):
-    stages = {run: output_dir / run / "midtrain" for run in ("whole", "killed")}
-    whole = course_of(start(output_dir, "whole"), stages["whole"], "midtrain starts:")
+def test_the_shares_of_a_mix_move_from_the_first_weights_to_the_last(whole):
     training = [row for row in whole if "train/loss" in row]
     assert [row["step"] for row in training] == list(range(1, 151))
     assert training[-1]["train/loss"] < training[0]["train/loss"] - 1
     shares = [row["train/num_tokens_seen/words"] / (row["train/num_tokens_seen/words"] + row["train/num_tokens_seen/sums"]) for row in training]
     assert shares[29] < 0.45 < shares[-1]  # from a quarter of the windows to three, in a straight line
 
-    job = start(output_dir, "killed")
-    metrics = stages["killed"] / "metrics.jsonl"
-    while job.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 25):
-        time.sleep(0.05)
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_that_lost_a_worker_was_stopped_and_killed_has_the_course_of_one_that_was_not(output_dir, whole):
+    """A worker is killed and replaced; SIGTERM saves the step and ends with 0; what goes on is killed whole; what goes on then ends."""
+    stage = output_dir / "broken" / "midtrain"
+    job = start(output_dir, "broken")
+    wait_for_rows(job, stage, 25)
+    kill_worker(job)
+    wait_for_rows(job, stage, 60)
+    job.send_signal(signal.SIGTERM)
+    output, course = course_of(job, stage)
+    stopped = course[-1]["step"]
+    assert "workers were lost; new ones go on after step" in output and "SIGTERM: step " in output
+    assert 50 < stopped < 110 and not (stage / "model").exists()
+
+    job = start(output_dir, "broken")
+    wait_for_rows(job, stage, len(course) + 15)
     kill_all(job)
-    assert 25 <= len(read_metrics(metrics)) < 150 and not (stages["killed"] / "model").exists()
-    assert course_of(start(output_dir, "killed"), stages["killed"], "midtrain goes on after step") == whole
-    weights = [load_file(stage / "model" / "model.safetensors") for stage in stages.values()]
+    killed = read_metrics(stage / "metrics.jsonl")[-1]["step"]
+    assert stopped + 10 <= killed < 150 and not (stage / "model").exists()
+
+    output, resumed = course_of(start(output_dir, "broken"), stage)
+    assert "midtrain goes on after step" in output and f"goes on after step {stopped}:" not in output
+    assert resumed == whole
+    weights = [load_file(output_dir / run / "midtrain" / "model" / "model.safetensors") for run in ("whole", "broken")]
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])

@@ -83,13 +83,14 @@ class Finished:
 
 @dataclass(frozen=True)
 class Interrupted:
-    """A run that was stopped three times, and the steps of its checkpoints after each."""
+    """A run that was stopped twice, and the steps of its checkpoints after each."""
 
     finished: Finished
     code_after_term: int
-    after_kill: list[int]
     after_term: list[int]
-    after_save: list[int]
+    after_kill: list[int]
+    logged_when_killed: int
+    """The last step in metrics.jsonl."""
 
 
 def ppo(home: Path, run: str, *overrides: str) -> Finished:
@@ -107,9 +108,8 @@ def whole(home: Path) -> Finished:
 
 @pytest.fixture(scope="module")
 def interrupted(home: Path) -> Interrupted:
-    """Killed in the middle of step 4, of which the last checkpoint knows two; gone on with and asked to end after step 3; gone on
-    with and killed while it saves step 4; then gone on with to the end, with a step more. Its roles share a process, as those of
-    `whole` do not."""
+    """Asked to end after step 3, of which the last checkpoint knows two; gone on with and killed while it saves step 4, which it
+    has logged; then gone on with to the end, with a step more. Its roles share a process, as those of `whole` do not."""
     directory = home / "killed" / "ppo"
     checkpoints = Checkpoints(directory / "checkpoint", keep=2)
 
@@ -119,15 +119,11 @@ def interrupted(home: Path) -> Interrupted:
     def step_4_is_being_saved() -> bool:
         return (directory / "checkpoint" / ".step-000004.partial").exists()
 
-    stop(home, "killed", step_3_is_logged, signal.SIGKILL)
-    after_kill = checkpoints.steps()
-    lines = [line for line in (directory / "metrics.jsonl").open() if json.loads(line)["step"] <= 2]
-    (directory / "metrics.jsonl").write_text("".join(lines))  # as resuming would; else the next wait saw step 3 at once
     code = stop(home, "killed", step_3_is_logged, signal.SIGTERM)
     after_term = checkpoints.steps()
     stop(home, "killed", step_4_is_being_saved, signal.SIGKILL)
-    after_save = checkpoints.steps()
-    return Interrupted(ppo(home, "killed", ONE_PROCESS, "checkpoint.resume=auto", "steps=5"), code, after_kill, after_term, after_save)
+    after_kill, logged = checkpoints.steps(), int(metrics_so_far(directory)[-1]["step"])
+    return Interrupted(ppo(home, "killed", ONE_PROCESS, "checkpoint.resume=auto", "steps=5"), code, after_term, after_kill, logged)
 
 
 def stop(home: Path, run: str, when: Callable[[], bool], number: signal.Signals) -> int:
@@ -284,14 +280,13 @@ def numbers(row: dict[str, float]) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_sigterm_commits_the_last_whole_step_and_ends_with_0(interrupted: Interrupted) -> None:
-    assert interrupted.after_kill == [2]  # SIGKILL in step 4 left what was committed
     assert interrupted.code_after_term == 0
     assert interrupted.after_term == [2, 3]
 
 
 @pytest.mark.slow
 def test_a_kill_while_a_checkpoint_is_written_leaves_those_before_it(interrupted: Interrupted) -> None:
-    assert interrupted.after_save == [2, 3]
+    assert interrupted.after_kill == [2, 3] and interrupted.logged_when_killed == 4  # which going on takes back
 
 
 @pytest.mark.slow
@@ -368,8 +363,15 @@ GROUPS = (
 
 @pytest.fixture(scope="module")
 def critic_free(home: Path) -> Finished:
-    """Two steps, then resumed for a third. No machine of the tests has the GPU that a critic would ask for."""
-    options = [*GROUPS, "placement.colocate=[[policy, reference, rewards]]", "placement.critic.gpus=1", "evaluation.every=9", "evaluation.num_prompts=4"]
+    """Two steps, then resumed for a third, without vLLM. No machine of the tests has the GPU that a critic would ask for."""
+    options = [
+        *GROUPS,
+        "generator.backend=transformers",
+        "placement.colocate=[[policy, reference, rewards]]",
+        "placement.critic.gpus=1",
+        "evaluation.every=9",
+        "evaluation.num_prompts=4",
+    ]
     ppo(home, "critic_free", *options, "steps=2")
     return ppo(home, "critic_free", *options, "steps=3")
 

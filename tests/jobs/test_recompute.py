@@ -21,6 +21,7 @@ from jobs.prepare_data import main as prepare_data
 from minigpt_ray.models import build_causal, export
 from minigpt_ray.tokenizer import load_tokenizer
 from minigpt_ray.tracking import read_samples
+from tests.recompute import main as recompute
 from tests.test_metrics_doc import FIXED
 
 CHECKOUT = Path(__file__).parents[2]
@@ -68,10 +69,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home / "r"
 
 
-def recompute(run: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), str(run)], cwd=run, capture_output=True, text=True, timeout=300)
-
-
 def table(output: str) -> dict[tuple[int, str], tuple[float, float, float, bool]]:
     """(step, name) -> logged, recomputed, difference, whether it differs."""
     matches = [LINE.fullmatch(line) for line in output.splitlines()]
@@ -86,7 +83,7 @@ def test_the_script_imports_nothing_of_the_project() -> None:
 
 @pytest.mark.slow
 def test_every_row_is_what_the_script_makes_of_tokens_and_rewards(run: Path) -> None:
-    done = recompute(run)
+    done = subprocess.run([sys.executable, str(SCRIPT), str(run)], cwd=run, capture_output=True, text=True, timeout=300)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = table(done.stdout)
@@ -109,7 +106,7 @@ def test_the_scores_are_what_the_function_gives_for_the_texts(run: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_row_that_was_tampered_with_is_found(run: Path, tmp_path: Path) -> None:
+def test_a_row_that_was_tampered_with_is_found(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Four numbers of step 2, each by a hundredth."""
     other = tmp_path / "r"
     shutil.copytree(run, other, ignore=shutil.ignore_patterns("checkpoint"))
@@ -117,16 +114,16 @@ def test_a_row_that_was_tampered_with_is_found(run: Path, tmp_path: Path) -> Non
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows = [{name: value * 1.01 if row["step"] == 2 and name in names else value for name, value in row.items()} for row in rows]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = recompute(other)
-    assert done.returncode == 1
-    assert [key for key, (*_, differs) in table(done.stdout).items() if differs] == [(2, name) for name in names]
-    assert done.stdout.splitlines()[-1].endswith("of 2 steps, 4 differ")
+    assert recompute(other) == 1
+    output = capsys.readouterr().out
+    assert [key for key, (*_, differs) in table(output).items() if differs] == [(2, name) for name in names]
+    assert output.splitlines()[-1].endswith("of 2 steps, 4 differ")
 
 
 @pytest.mark.slow
-def test_what_the_script_lacks_is_one_sentence(run: Path, tmp_path: Path) -> None:
+def test_what_the_script_lacks_is_one_sentence(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tmp_path / "r"
     shutil.copytree(run, other, ignore=shutil.ignore_patterns("checkpoint", "batches"))
-    done = recompute(other)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "run with logging.batches of at least the number of steps" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert recompute(other) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and "run with logging.batches of at least the number of steps" in err

@@ -1,13 +1,10 @@
-"""python -m jobs.sft as a user runs it: two workers, killed on the way, and what it leaves behind."""
+"""python -m jobs.sft as a user runs it: two workers, and what they leave behind; tests/jobs/test_midtrain.py interrupts such a run."""
 
 import json
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from minigpt_ray.tokenizer import train_tokenizer
@@ -84,49 +81,3 @@ def test_the_debug_run_learns_and_leaves_a_model(output_dir):
 
     again = sft("run=r", f"output_dir={output_dir}")
     assert again.returncode == 2 and "is there from an earlier run" in again.stderr.splitlines()[-1]
-
-
-COURSE = ["configs/debug/sft.yaml", "steps=100", "checkpoint.every=10", "checkpoint.resume=auto"]
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_run_whose_worker_died_and_that_was_asked_to_end_has_the_course_of_one_that_was_not(output_dir):
-    """A worker is killed and replaced; SIGTERM saves the step and ends with 0; the same command goes on."""
-    _, whole = ended(start(output_dir, "whole"), output_dir / "whole" / "sft")
-    assert [row["step"] for row in whole if "train/loss" in row] == list(range(1, 101))
-
-    stage = output_dir / "wounded" / "sft"
-    job = start(output_dir, "wounded")
-    wait_for_rows(job, stage, 25)
-    next(p for p in psutil.Process(job.pid).children(recursive=True) if "RayTrainWorker" in p.name() + "".join(p.cmdline())).kill()
-    wait_for_rows(job, stage, 60)
-    job.send_signal(signal.SIGTERM)
-    output, course = ended(job, stage)
-    assert "workers were lost; new ones go on after step" in output and "SIGTERM: step " in output
-    assert 50 < course[-1]["step"] < 100 and not (stage / "model").exists()
-    output, resumed = ended(start(output_dir, "wounded"), stage)
-    assert f"sft goes on after step {course[-1]['step']}" in output
-    assert resumed == whole
-
-
-def start(output_dir, run):
-    (output_dir / run).mkdir(exist_ok=True)
-    if not (data := output_dir / run / "prepare_data").exists():
-        data.symlink_to(output_dir / "r" / "prepare_data")
-    command = [sys.executable, "-m", "jobs.sft", *COURSE, f"run={run}", f"output_dir={output_dir}"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for_rows(job, stage, number):
-    metrics = stage / "metrics.jsonl"
-    while job.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= number):
-        time.sleep(0.05)
-
-
-def ended(job, stage):
-    """What a job said that ended well, and its rows without what the clock decides."""
-    output = job.communicate(timeout=500)[0]
-    assert job.returncode == 0, output
-    names = ("step", "train/loss", "train/grad_norm", "train/lr", "validation/loss")
-    return output, [{name: row[name] for name in names if name in row} for row in read_metrics(stage / "metrics.jsonl")]

@@ -1,0 +1,31 @@
+"""Where a model is: a stage of the run, a directory, a hub id. Imports no torch, so that a missing one is refused at once."""
+
+from pathlib import Path
+
+VALIDATION = "validation.json"
+"""In a model directory: what the stage that made it measured on held-out data at its end, by the names of docs/metrics.md."""
+
+
+def resolve_model(init_from: str, run_dir: Path) -> str:
+    """A stage of the run, a local directory or a hub id -> what `from_pretrained` takes.
+
+    Raises FileNotFoundError when it looks like a path and holds no model.
+    """
+    stage = run_dir / init_from / "model"
+    if (stage / "config.json").is_file():
+        return str(stage)
+    local = Path(init_from)
+    if (local / "config.json").is_file():
+        return str(local.absolute())
+    if local.is_absolute() or init_from.startswith(".") or init_from.count("/") != 1:
+        raise FileNotFoundError(
+            f"init_from={init_from!r} is neither a finished stage of this run ({stage} has no config.json) nor a model directory; run that stage first"
+        )
+    return init_from
+
+
+def config_json(path: str) -> Path:
+    """The config.json of a model directory or hub id."""
+    from huggingface_hub import hf_hub_download
+
+    return Path(path) / "config.json" if Path(path).is_dir() else Path(hf_hub_download(path, "config.json"))
