@@ -107,6 +107,7 @@ class Cluster:
 
     def host(self, name: str, index: int) -> Any:
         """Start process `index` of a role in its bundle of the reservation."""
+        check_own_node()
         role = self.roles[name]
         actor = ray.remote(RankHost).options(
             num_cpus=role.cpus,
@@ -145,6 +146,7 @@ def connect(address: str | None, cpus: int) -> None:
     if address is not None or "RAY_ADDRESS" in os.environ:
         ray.init(address=address or "auto", logging_level=logging.ERROR, log_to_driver=True)
         return
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # a local one that is gone never comes back
     start = partial(ray.init, address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, logging_level=logging.ERROR)
     try:
         start()
@@ -154,6 +156,13 @@ def connect(address: str | None, cpus: int) -> None:
         logger.warning("Ray did not start in time on this machine, which is busy; once more")
         ray.shutdown()
         start()
+
+
+def check_own_node() -> None:
+    """Raise RaySystemError when the raylet of this machine is dead: what is started now would never run."""
+    own = ray.get_runtime_context().get_node_id()
+    if not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == own):
+        raise ray.exceptions.RaySystemError("the raylet of the driver's machine died")
 
 
 def preflight(roles: Mapping[str, RolePlacement]) -> None:

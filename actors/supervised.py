@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 from actors.dataset import Files, Sources, prepare_windows
 from actors.engine import Engine, all_reduce_sum
 from actors.mailbox import Begun, Logged, Mailbox, Sender, Stopped, work
+from actors.parent import driver_restarts
 from actors.placement import connect, environment, preflight
 from actors.preparation import MAY_DIFFER_ON_RESUME, find_start
 from actors.reference_logprobs import with_reference
@@ -232,7 +233,7 @@ def _deliver(mailbox: Any, tracker: Tracker) -> Stopped:
                     return message
                 if isinstance(message, Logged):
                     for row in message.rows:
-                        tracker.log(message.step, row)
+                        tracker.log(message.step, row | ({"restarts/driver": driver_restarts()} if "train/epoch" in row else {}))
                 elif isinstance(message, Begun):
                     begun += 1
                     if begun > 1:

@@ -8,6 +8,7 @@ actors; this driver starts work, gathers results and logs. Rollouts, Scores and 
 minigpt_ray/rl/experience.py, what is computed from them in minigpt_ray/rl/step.py.
 """
 
+from actors.parent import keep_running
 from minigpt_ray.cli import load_config, one_sentence
 from minigpt_ray.config import PPOConfig
 
@@ -75,4 +76,4 @@ def train(config: PPOConfig) -> None:
 
 
 if __name__ == "__main__":
-    train(load_config(PPOConfig))
+    keep_running(train, load_config(PPOConfig))

@@ -71,6 +71,8 @@ class CheckpointConfig(Config):
     """Newest checkpoints kept; older ones are removed after a new one is complete."""
     resume: Literal["never", "auto"] = "never"
     """`auto` goes on from the newest complete checkpoint of this run and stage, or starts when there is none."""
+    driver_restarts: NonNegativeInt = 3
+    """How often a driver that dies, by a signal or because Ray was lost below it, is started again with `resume: auto`; each death is said in a line and counted in `restarts/driver`."""
 
 
 class LoggingConfig(Config):
