@@ -34,7 +34,8 @@ from actors.dataset import Files, Sources, prepare_windows
 from actors.engine import Engine, all_reduce_sum
 from actors.mailbox import Begun, Logged, Mailbox, Sender, Stopped, work
 from actors.parent import driver_restarts
-from actors.placement import connect, environment, preflight
+from actors.placement import connect, environment
+from actors.preflight import preflight
 from actors.preparation import MAY_DIFFER_ON_RESUME, find_start
 from actors.reference_logprobs import with_reference
 from minigpt_ray.checkpoint import Checkpoints, batch_path, save_batch, write_json_atomic

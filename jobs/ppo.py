@@ -33,7 +33,7 @@ def train(config: PPOConfig) -> None:
 
     with one_sentence():  # bad input, and a request that the cluster cannot hold, are refused before any process starts
         ready = Preparation(config)
-        cluster = Cluster(config.placement, ready.roles)
+        cluster = Cluster(config.placement, ready.roles, ready.memory)
     with cluster, ready.tracker() as tracker:
         tensor_parallel, tolerance = config.placement.generator.tensor_parallel, config.weights.probe_tolerance
         generator = Generator(cluster, ready.policy_path, config.generator, ready.max_model_len, tensor_parallel, config.seed, tolerance)

@@ -132,7 +132,10 @@ def test_a_disk_that_takes_no_more_leaves_the_one_before_whole_and_is_named(tmp_
 
 
 def test_torchs_own_error_of_a_full_disk_becomes_one_that_names_the_checkpoint(tmp_path):
-    with pytest.raises(OSError, match=r"file write failed while writing the checkpoint .*step-000020; earlier") as caught, checkpoint.naming(tmp_path / "step-000020"):
+    with (
+        pytest.raises(OSError, match=r"file write failed while writing the checkpoint .*step-000020; earlier") as caught,
+        checkpoint.naming(tmp_path / "step-000020"),
+    ):
         raise RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0: file write failed\nframe #0")
     assert caught.value.errno == errno.EIO
 

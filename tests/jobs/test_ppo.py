@@ -473,12 +473,14 @@ def test_what_a_user_can_mend_is_one_sentence(home: Path, override: str, sentenc
 
 @pytest.mark.slow
 def test_a_job_that_the_machine_cannot_hold_is_refused_and_leaves_nothing_behind(home: Path) -> None:
-    asked = command(home, "run=whole", f"policy.init_from={home}/whole/sft/model", "placement.critic.gpus=1")
+    asked = command(home, "run=whole", f"policy.init_from={home}/whole/sft/model", "placement.critic.gpus=1", "placement.wait_seconds=1")
     directory = home / "whole" / "prepare_data"
     files = [f"data.files=[{directory}/prompts.jsonl]", f"evaluation.data.files=[{directory}/held_out.jsonl]", f"output_dir={home}/refused"]
     done = subprocess.run([*asked, *files], cwd=CHECKOUT, env=environment(home), capture_output=True, text=True)
     assert done.returncode != 0
-    assert "the cluster cannot hold this job: 1 GPU asked and 0 free; ask for less under `placement` or add nodes" in done.stderr
+    assert (
+        "the cluster cannot hold this job: 1 GPU asked and 0 free; ask for less under `placement`, add nodes, or raise placement.wait_seconds=1" in done.stderr
+    )
     assert not (home / "refused").exists()
 
 
