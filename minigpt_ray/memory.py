@@ -175,9 +175,8 @@ def _generator(config: PPOConfig | EvaluateConfig | GeneratePreferencesConfig, i
     sequences = generator.max_num_seqs
     logits = {"activations": float(sequences * (shape.vocab_size or 0) * 4 * 2)}
     tokens = sequences * (config.data.max_prompt_tokens + config.sampling.max_tokens)
-    return _known(
-        "generator", placement, parameters, weights | logits | {"cache": _cache(generator, placement, shape, tokens)}, _cache_note(generator, placement)
-    )
+    cache = {"cache": _cache(generator, placement, shape, tokens) / placement.tensor_parallel}  # heads are split
+    return _known("generator", placement, parameters, weights | logits | cache, _cache_note(generator, placement))
 
 
 def _cache(generator: GeneratorConfig, placement: RolePlacement, shape: ModelShape, tokens: int) -> float:
