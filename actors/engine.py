@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from minigpt_ray.checkpoint import naming
 from minigpt_ray.config import EngineConfig, OptimizerConfig
 
 M = TypeVar("M")
@@ -181,11 +182,11 @@ class Engine:
                 yield name, parameter.detach()
 
     def save(self, directory: Path) -> None:
-        """Model, optimizer, schedule and random state of every rank. Collective."""
-        with self.optimizer_at_hand():
-            self.engine.save_checkpoint(str(directory), tag="engine")
+        """Model, optimizer, schedule and random state of every rank. Collective; raises OSError that names the directory."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        torch.save({"torch": torch.get_rng_state(), "cuda": cuda}, directory / f"random-{dist.get_rank()}.pt")  # DeepSpeed keeps rank 0's alone
+        with naming(directory), self.optimizer_at_hand():
+            self.engine.save_checkpoint(str(directory), tag="engine")
+            torch.save({"torch": torch.get_rng_state(), "cuda": cuda}, directory / f"random-{dist.get_rank()}.pt")  # DeepSpeed keeps rank 0's alone
 
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote, on as many ranks. Collective."""

@@ -18,12 +18,17 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar,
 import psutil
 import ray
 
+from actors.watchdog import Limit, keep_stacks_at_hand
+
 if TYPE_CHECKING:
     from actors.placement import Cluster
 
 logger = logging.getLogger(__name__)
 GRACE_SECONDS = 5.0
 """How long, after a rank failed, another one's death may take to show: a collective breaks before Ray reports the process that broke it."""
+
+START_SECONDS = 1800.0
+"""How long the start of a role may take at least: processes, imports, downloads, compilation."""
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -67,6 +72,7 @@ class RankHost:
         import torch
 
         torch.set_num_threads(threads)
+        keep_stacks_at_hand()
         self.rank = Rank(index, world, "cuda" if torch.cuda.is_available() else "cpu")
         self.roles: dict[str, Any] = {}
 
@@ -224,7 +230,17 @@ class Group(Generic[R]):
         self._building = [host.build.remote(self.role, self._build, *self._args) for host in self.hosts]
 
     def ready(self) -> None:
-        ray.get(self._building)
+        get_all(self._building, self._limit(RankHost.build, START_SECONDS))
+
+    def _limit(self, method: Callable[..., Any], at_least: float = 0.0) -> Limit:
+        """Of a call to this role: ranks that exceed it are ended."""
+        seconds = max(self.cluster.config.hang_after_s, at_least)
+
+        def exceeded(indices: Sequence[int]) -> None:
+            ranks = {f"{self.role} rank {index} of {len(self.hosts)}": self.hosts[index] for index in indices}
+            self.cluster.end_hung(ranks, method.__qualname__, seconds)
+
+        return Limit(seconds, exceeded)
 
     def each(self, method: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> Pending[list[T]]:
         """The method on every rank, each with arguments of its own; results in rank order."""
@@ -238,7 +254,7 @@ class Group(Generic[R]):
             nonlocal refs
             while True:
                 try:
-                    timed = get_all(refs)
+                    timed = get_all(refs, self._limit(method))
                     break
                 except ray.exceptions.RayActorError as death:
                     self._revive(death)
@@ -303,11 +319,20 @@ class Group(Generic[R]):
         }
 
 
-def get_all(refs: Sequence[Any]) -> list[Timed]:
-    """Results in order. Raises as soon as one call fails: RayActorError when a process died, even if another rank was the first to notice."""
+def get_all(refs: Sequence[Any], limit: Limit | None = None) -> list[Timed]:
+    """Results in order. Raises as soon as one call fails: RayActorError when a process died, even if another rank was the first to notice.
+
+    limit: of the seconds from now; calls that exceed it end as if their processes had died, since then they have.
+    """
     waiting = list(refs)
+    end = math.inf if limit is None else time.monotonic() + limit.seconds
     while waiting:
-        done, waiting = ray.wait(waiting, num_returns=1)
+        done, waiting = ray.wait(waiting, num_returns=1, timeout=None if end == math.inf else max(0.0, end - time.monotonic()))
+        if not done:
+            assert limit is not None
+            limit.exceeded([index for index, ref in enumerate(refs) if ref in waiting])
+            end = math.inf
+            continue
         try:
             ray.get(done)
         except ray.exceptions.RayActorError:

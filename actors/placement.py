@@ -2,7 +2,6 @@
 
 import logging
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,21 +13,25 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.group import RankHost
+from actors.preflight import PlacementError, bundle, preflight
+from actors.watchdog import end_hung
 from minigpt_ray.config import AnyReward, ModelReward, PlacementConfig, RolePlacement
 from minigpt_ray.flops import cpu_peak_flops, gpu_peak_flops
 
 logger = logging.getLogger(__name__)
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-PREFLIGHT_SECONDS = 10.0
+OWN_SECONDS = 2.0
+"""Within these a cluster that was started for the job says what it has; it is of no use to wait for more."""
 
-
-class PlacementError(ValueError):
-    """The cluster has no room for what `placement` asks."""
+PASSED_ON = ("CUDA_HOME", "HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE")
+PASSED_ON_PREFIXES = ("GLOO_", "NCCL_")
+"""Environment variables of the driver that all its processes get, on whichever node. No secret is among them: a runtime
+environment is shown by Ray's dashboard and stands in its logs. HF_TOKEN belongs into the environment of the nodes."""
 
 
 def environment(threads: int) -> dict[str, Any]:
-    """Ray's runtime environment of one process: its threads, where to import from, and quiet libraries."""
+    """Ray's runtime environment of one process: its threads, where to import from, quiet libraries, and PASSED_ON."""
     return {
         "env_vars": {
             "OMP_NUM_THREADS": str(threads),
@@ -43,7 +46,7 @@ def environment(threads: int) -> dict[str, Any]:
             "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "PYTHONPATH": os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-            **{name: os.environ[name] for name in ("HF_HUB_OFFLINE", "CUDA_HOME") if name in os.environ},
+            **{name: value for name, value in os.environ.items() if name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)},
         }
     }
 
@@ -77,18 +80,19 @@ class Started:
 class Cluster:
     """The Ray cluster while a job runs: checks that the request fits, then starts hosts where their bundles are."""
 
-    def __init__(self, config: PlacementConfig, roles: Mapping[str, RolePlacement]) -> None:
+    def __init__(self, config: PlacementConfig, roles: Mapping[str, RolePlacement], memory: Mapping[str, float] | None = None) -> None:
+        """memory: estimated GiB of one rank, on its GPU or in its host, of those roles of which it is known."""
         self.config, self.roles = config, roles
         self._started: dict[str, Started] = {}
         own = connect(config.address, cpus=sum(r.ranks * r.cpus for r in roles.values()))
-        preflight(roles, own)
+        preflight(roles, memory if config.check_memory else None, OWN_SECONDS if own else config.wait_seconds)
         self._groups = {name: self._reserve(name, role, config.strategy) for name, role in roles.items()}
 
     def _reserve(self, name: str, role: RolePlacement, strategy: str) -> PlacementGroup:
-        bundle = {"CPU": float(role.cpus), **({"GPU": float(role.gpus)} if role.gpus else {})}
-        group = placement_group([bundle] * role.ranks, strategy=strategy.upper(), name=name)
+        needs, labels = [bundle(role)] * role.ranks, [role.labels] * role.ranks
+        group = placement_group(needs, strategy=strategy.upper(), name=name, bundle_label_selector=labels)
         if not group.wait(60):
-            raise PlacementError(f"placement.{name}: no node has room for {role.ranks} x {bundle}; see `ray status`")
+            raise PlacementError(f"placement.{name}: no node has room for {role.ranks} x {bundle(role)}; see `ray status`")
         return group
 
     def hosts(self, role: str, form_group: bool) -> list[Any]:
@@ -107,14 +111,20 @@ class Cluster:
 
     def host(self, name: str, index: int) -> Any:
         """Start process `index` of a role in its bundle of the reservation."""
+        check_own_node()
         role = self.roles[name]
         actor = ray.remote(RankHost).options(
             num_cpus=role.cpus,
             num_gpus=role.gpus,
+            resources=role.resources,
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._groups[name], placement_group_bundle_index=index),
             runtime_env=environment(role.cpus),
         )
         return actor.remote(index, role.ranks, role.cpus)
+
+    def end_hung(self, hosts: Mapping[str, Any], method: str, seconds: float) -> None:
+        """Say where these processes hang, and kill them: their calls end with RayActorError."""
+        end_hung(hosts, method, seconds, environment(1))
 
     def close(self) -> None:
         """Give the reservations back; the processes in them end."""
@@ -146,7 +156,9 @@ def connect(address: str | None, cpus: int) -> bool:
     if address is not None or "RAY_ADDRESS" in os.environ:
         ray.init(address=address or "auto", logging_level=logging.ERROR, log_to_driver=True)
         return False
-    start = partial(ray.init, address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, logging_level=logging.ERROR)
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # a local one that is gone never comes back
+    loopback = {"_node_ip_address": "127.0.0.1"}  # Ray's own processes then listen there alone
+    start = partial(ray.init, address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, logging_level=logging.ERROR, **loopback)
     try:
         start()
     except Exception as error:  # Ray has no type for it, and waits half a minute, which a busy machine may exceed
@@ -158,25 +170,8 @@ def connect(address: str | None, cpus: int) -> bool:
     return True
 
 
-def preflight(roles: Mapping[str, RolePlacement], own: bool) -> None:
-    """Refuse within seconds what the cluster cannot hold, with a table of what is missing.
-
-    own: the cluster was started for this job, so that it is of no use to wait for others to leave it.
-    """
-    asked = {
-        "CPU": sum(r.ranks * r.cpus for r in roles.values()),
-        "GPU": sum(r.ranks * r.gpus for r in roles.values()),
-    }
-    deadline = time.monotonic() + PREFLIGHT_SECONDS
-    while True:
-        present = ray.available_resources()
-        missing = {name: need for name, need in asked.items() if need > present.get(name, 0.0)}
-        if not missing:
-            return
-        whole = ray.cluster_resources()  # empty until the node has said what it has
-        hopeless = own and whole and any(need > whole.get(name, 0.0) for name, need in missing.items())
-        if hopeless or time.monotonic() > deadline:
-            rows = [f"    {name:<12} {role.ranks} x {role.cpus} CPU, {role.gpus:g} GPU" for name, role in roles.items()]
-            lacking = ", ".join(f"{need:g} {name} asked and {present.get(name, 0.0):g} free" for name, need in missing.items())
-            raise PlacementError("\n".join([f"the cluster cannot hold this job: {lacking}; ask for less under `placement` or add nodes", *rows]))
-        time.sleep(0.5)
+def check_own_node() -> None:
+    """Raise RaySystemError when the raylet of this machine is dead: what is started now would never run."""
+    own = ray.get_runtime_context().get_node_id()
+    if not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == own):
+        raise ray.exceptions.RaySystemError("the raylet of the driver's machine died")

@@ -19,6 +19,7 @@ from minigpt_ray.config import ModelReward, PPOConfig, RolePlacement, Supervised
 from minigpt_ray.data.prompts import PromptSet, encode_prompts, read_prompts
 from minigpt_ray.data.rows import Row
 from minigpt_ray.flops import PPOShapes
+from minigpt_ray.memory import per_process
 from minigpt_ray.model_directory import config_json, resolve_model
 from minigpt_ray.presets import ModelShape
 from minigpt_ray.tokenizer import load_tokenizer
@@ -55,6 +56,11 @@ class Preparation:
     @property
     def roles(self) -> dict[str, RolePlacement]:
         return roles_of(self.config.placement, self.config.rewards, self.config.algorithm.uses_critic)
+
+    @property
+    def memory(self) -> dict[str, float]:
+        """Estimated GiB of one rank of these roles, as far as it is known."""
+        return per_process(self.config)
 
     @property
     def max_model_len(self) -> int:

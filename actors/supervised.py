@@ -33,7 +33,9 @@ from transformers import PreTrainedModel
 from actors.dataset import Sources, prepare_windows
 from actors.engine import Engine, all_reduce_sum
 from actors.mailbox import Begun, Logged, Mailbox, Sender, Stopped, work
-from actors.placement import connect, environment, preflight
+from actors.parent import driver_restarts
+from actors.placement import OWN_SECONDS, connect, environment
+from actors.preflight import SAY_EVERY_SECONDS, preflight
 from actors.reference_logprobs import with_reference
 from actors.stage_inputs import Ready, StageError
 from minigpt_ray.checkpoint import batch_path, save_batch, write_json_atomic
@@ -73,7 +75,10 @@ def fit(ready: Ready) -> Path:
     config, stage = ready.config, STAGES[ready.config.stage]
     cpus = config.num_workers * config.cpus_per_worker
     own = connect(None, cpus)
-    preflight({stage.name: RolePlacement(ranks=config.num_workers, cpus=config.cpus_per_worker, gpus=config.gpus_per_worker)}, own)
+    preflight(
+        {stage.name: RolePlacement(ranks=config.num_workers, cpus=config.cpus_per_worker, gpus=config.gpus_per_worker)},
+        wait_seconds=OWN_SECONDS if own else SAY_EVERY_SECONDS,
+    )
     tokenizer = load_tokenizer(ready.tokenizer)
     stored = {name: prepare_windows(stage, config, files, tokenizer, ready.directory / "windows") for name, files in ready.sources.items()}
     windows = Sources.load(stored, "train")
@@ -153,7 +158,7 @@ def _deliver(mailbox: Any, tracker: Tracker) -> Stopped:
                     return message
                 if isinstance(message, Logged):
                     for row in message.rows:
-                        tracker.log(message.step, row)
+                        tracker.log(message.step, row | ({"restarts/driver": driver_restarts()} if "train/epoch" in row else {}))
                 elif isinstance(message, Begun):
                     begun += 1
                     if begun > 1:

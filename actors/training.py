@@ -10,6 +10,7 @@ from pathlib import Path
 from actors.critic import Critic
 from actors.generator import Generator
 from actors.group import Group, OutOfRestarts, RoleLost, covered_seconds, gather
+from actors.parent import driver_restarts
 from actors.placement import peak_flops
 from actors.policy import Policy
 from actors.preparation import Preparation
@@ -76,21 +77,21 @@ class Training:
     @contextmanager
     def _answering_sigterm(self) -> Iterator[None]:
         def terminate(number: int, frame: object) -> None:
-            self._asked_to_end = True
-            if not self._changing:
+            again, self._asked_to_end = self._asked_to_end, True
+            if not again and not self._changing:
                 raise Terminated
 
         handler = signal.signal(signal.SIGTERM, terminate)
         try:
             yield
-        except Terminated:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        except Terminated:  # another SIGTERM changes nothing, to the end: `ray job stop` sends one to the driver, and the parent passes one on
             self._save()
             saved = f"step {self.state.step} is saved; checkpoint.resume=auto goes on from there"
             self.tracker.message(f"SIGTERM: {saved if self.state.step else 'no step was complete, so nothing is saved'}")
             raise SystemExit(0) from None
         finally:
-            signal.signal(signal.SIGTERM, handler)
+            if not self._asked_to_end:
+                signal.signal(signal.SIGTERM, handler)
 
     def begin_update(self) -> None:
         """From here to the end of the step the models stand between two steps."""
@@ -110,6 +111,7 @@ class Training:
             "time/overhead_s": max(0.0, seconds - covered_seconds([span for role in self.roles for span in role.usage.spans])),
             **timer.metrics(),
             **{name: value for role in self.roles for name, value in role.usage_metrics(seconds).items()},
+            "restarts/driver": driver_restarts(),
         }
 
     def _commit(self, state: TrainingState) -> None:

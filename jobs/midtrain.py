@@ -6,6 +6,7 @@
 Writes <output_dir>/<run>/midtrain, with the same files as jobs.pretrain; every source has its own directory in windows/.
 """
 
+from actors.parent import keep_running
 from minigpt_ray.cli import load_config, one_sentence
 from minigpt_ray.config import MidtrainConfig
 
@@ -22,4 +23,4 @@ def train(config: MidtrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    train(load_config(MidtrainConfig))
+    keep_running(train, load_config(MidtrainConfig))

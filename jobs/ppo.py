@@ -8,6 +8,7 @@ actors; this driver starts work, gathers results and logs. Rollouts, Scores and 
 minigpt_ray/rl/experience.py, what is computed from them in minigpt_ray/rl/step.py.
 """
 
+from actors.parent import keep_running
 from minigpt_ray.cli import load_config, one_sentence
 from minigpt_ray.config import PPOConfig
 
@@ -34,8 +35,8 @@ def train(config: PPOConfig) -> None:
     from minigpt_ray.rl.step import make_experience
     from minigpt_ray.tracking import Timer
 
-    with one_sentence():
-        cluster = Cluster(config.placement, ready.roles)
+    with one_sentence():  # so is a request that the cluster cannot hold
+        cluster = Cluster(config.placement, ready.roles, ready.memory)
     with cluster, ready.tracker() as tracker:
         tensor_parallel, tolerance = config.placement.generator.tensor_parallel, config.weights.probe_tolerance
         generator = Generator(cluster, ready.policy_path, config.generator, ready.max_model_len, tensor_parallel, config.seed, tolerance)
@@ -78,4 +79,4 @@ def train(config: PPOConfig) -> None:
 
 
 if __name__ == "__main__":
-    train(load_config(PPOConfig))
+    keep_running(train, load_config(PPOConfig))

@@ -7,6 +7,7 @@ Writes <output_dir>/<run>/pretrain: config.yaml, metrics.jsonl, windows/ (the pa
 from changes), checkpoint/ and model/, which `init_from: pretrain` and `AutoModelForCausalLM.from_pretrained` load.
 """
 
+from actors.parent import keep_running
 from minigpt_ray.cli import load_config, one_sentence
 from minigpt_ray.config import PretrainConfig
 
@@ -23,4 +24,4 @@ def train(config: PretrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    train(load_config(PretrainConfig))
+    keep_running(train, load_config(PretrainConfig))

@@ -8,6 +8,7 @@ PPO reads as `rewards.rm={kind: model, init_from: reward_model}`. Its validation
 held-out answers, by which `normalize: true` makes scores comparable.
 """
 
+from actors.parent import keep_running
 from minigpt_ray.cli import load_config, one_sentence
 from minigpt_ray.config import RewardModelConfig
 
@@ -24,4 +25,4 @@ def train(config: RewardModelConfig) -> None:
 
 
 if __name__ == "__main__":
-    train(load_config(RewardModelConfig))
+    keep_running(train, load_config(RewardModelConfig))

@@ -7,6 +7,7 @@ Writes <output_dir>/<run>/sft: config.yaml, metrics.jsonl, windows/ (the packed 
 from changes), checkpoint/ and model/, which `init_from: sft` and `AutoModelForCausalLM.from_pretrained` load.
 """
 
+from actors.parent import keep_running
 from minigpt_ray.cli import load_config, one_sentence
 from minigpt_ray.config import SFTConfig
 
@@ -23,4 +24,4 @@ def train(config: SFTConfig) -> None:
 
 
 if __name__ == "__main__":
-    train(load_config(SFTConfig))
+    keep_running(train, load_config(SFTConfig))

@@ -9,6 +9,7 @@ A process may be killed, or a disk fill up, between any two of these lines: what
 that was committed. On a cluster the directory must be one that all nodes see; `begin` and `commit` belong to the driver.
 """
 
+import errno
 import json
 import logging
 import os
@@ -38,7 +39,7 @@ class Checkpoints:
     def begin(self, step: int) -> Path:
         """An empty directory to write the checkpoint of `step` into."""
         partial = self.directory / f".{_name(step)}.partial"
-        with _naming(partial):
+        with naming(partial):
             if partial.exists():  # what a killed process left
                 shutil.rmtree(partial)
             partial.mkdir(parents=True)
@@ -51,7 +52,7 @@ class Checkpoints:
         """
         partial, final = self.directory / f".{_name(step)}.partial", self.directory / _name(step)
         replaced = self.directory / f".{_name(step)}.replaced"
-        with _naming(partial):
+        with naming(partial):
             files = {path.relative_to(partial).as_posix(): _entry(path) for path in sorted(partial.rglob("*")) if path.is_file()}
             for path in partial.rglob("*"):
                 _sync(path)
@@ -69,8 +70,8 @@ class Checkpoints:
         return final
 
     def steps(self) -> list[int]:
-        """Steps with a committed checkpoint, in order; not yet verified."""
-        matches = [re.fullmatch(r"step-(\d{6,})", path.parent.name) for path in self.directory.glob(f"step-*/{MANIFEST}")]
+        """Steps whose checkpoint was committed, in order; not yet verified."""
+        matches = [re.fullmatch(r"step-(\d{6,})", path.name) for path in self.directory.glob("step-*")]
         return sorted(int(match[1]) for match in matches if match)
 
     def step_of(self, path: Path) -> int:
@@ -88,17 +89,18 @@ class Checkpoints:
 
     def latest(self) -> Path | None:
         """The newest checkpoint whose files are as they were written; a damaged one is reported and passed over."""
-        for step in reversed(self.steps()):
+        steps = self.steps()
+        for step in reversed(steps):
             path = self.directory / _name(step)
             fault = find_fault(path)
             if fault is None:
                 return path
-            logger.warning("checkpoint %s is damaged (%s); taking the one before it", path, fault)
+            logger.warning("checkpoint %s is damaged (%s); %s", path, fault, "taking the one before it" if step != steps[0] else "there is none before it")
         return None
 
     def save_state(self, directory: Path, state: Mapping[str, Any]) -> None:
         """Keep `state` (JSON values; floats stay exact) with the checkpoint begun at `directory`."""
-        with _naming(directory):
+        with naming(directory):
             write_json_atomic(directory / STATE, state)
 
     def load_state(self, path: Path) -> dict[str, Any]:
@@ -173,9 +175,13 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _naming(directory: Path) -> Iterator[None]:
-    """Say which checkpoint an OSError is about, and that the ones before it are whole."""
+def naming(directory: Path) -> Iterator[None]:
+    """Say which checkpoint an error of writing is about, and that the ones before it are whole; raises OSError.
+
+    torch's own writer has a RuntimeError for a full disk, without a path.
+    """
     try:
         yield
-    except OSError as error:
-        raise OSError(error.errno, f"{error.strerror} while writing the checkpoint {directory}; earlier checkpoints are untouched", error.filename) from error
+    except (OSError, RuntimeError) as error:
+        number, reason, filename = (error.errno, error.strerror, error.filename) if isinstance(error, OSError) else (errno.EIO, str(error).split("\n")[0], None)
+        raise OSError(number, f"{reason} while writing the checkpoint {directory}; earlier checkpoints are untouched", filename) from error

@@ -80,6 +80,24 @@ def estimate(config: PPOConfig | EvaluateConfig | GeneratePreferencesConfig) -> 
     return [role if place.home(role.name) == role.name else _in_processes_of(place.home(role.name), role) for role in roles]
 
 
+def per_process(config: PPOConfig) -> dict[str, float]:
+    """GiB of one process of each role that has some, on its GPU or, without one, in its host; without the roles of which one is unknown.
+
+    Roles that share a process compute in turn, so their largest activations count. On a GPU the generator's cache does
+    not count: vLLM makes it as large as there is room.
+    """
+    tenants: dict[str, list[RoleMemory]] = {}
+    for role in estimate(config):
+        tenants.setdefault(config.placement.home(role.name), []).append(role)
+    found = {}
+    for home, roles in tenants.items():
+        if all(role.gib is not None for role in roles):
+            left_out = {"activations", "cache"} if roles[0].placement.gpus else {"activations"}
+            kept = sum(gib for role in roles for part, gib in role.parts.items() if part not in left_out)
+            found[home] = kept + max(role.parts.get("activations", 0.0) for role in roles)
+    return found
+
+
 def find_shape(init_from: str, run_dir: Path) -> ModelShape | None:
     """Shape of a stage of the run or of a local directory; None when there is no such model yet, or it is on the hub."""
     for directory in (run_dir / init_from / "model", Path(init_from)):
@@ -157,9 +175,8 @@ def _generator(config: PPOConfig | EvaluateConfig | GeneratePreferencesConfig, i
     sequences = generator.max_num_seqs
     logits = {"activations": float(sequences * (shape.vocab_size or 0) * 4 * 2)}
     tokens = sequences * (config.data.max_prompt_tokens + config.sampling.max_tokens)
-    return _known(
-        "generator", placement, parameters, weights | logits | {"cache": _cache(generator, placement, shape, tokens)}, _cache_note(generator, placement)
-    )
+    cache = {"cache": _cache(generator, placement, shape, tokens) / placement.tensor_parallel}  # heads are split
+    return _known("generator", placement, parameters, weights | logits | cache, _cache_note(generator, placement))
 
 
 def _cache(generator: GeneratorConfig, placement: RolePlacement, shape: ModelShape, tokens: int) -> float:

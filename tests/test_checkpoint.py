@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -67,6 +68,7 @@ def test_begin_empties_what_a_killed_process_left(tmp_path):
         (lambda p: (p / "policy/model.bin").write_text("weigh"), "model.bin has 5 bytes"),
         (lambda p: (p / "policy/model.bin").unlink(), "No such file"),
         (lambda p: (p / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+        (lambda p: (p / "manifest.json").unlink(), "manifest.json cannot be read"),
     ],
 )
 def test_a_damaged_one_is_reported_and_the_one_before_is_taken(tmp_path, caplog, damage, words):
@@ -76,6 +78,13 @@ def test_a_damaged_one_is_reported_and_the_one_before_is_taken(tmp_path, caplog,
     assert checkpoints.latest() == tmp_path / "step-000010"
     assert len(caplog.records) == 1 and words in caplog.text and "step-000020" in caplog.text
     assert find_fault(tmp_path / "step-000010") is None
+
+
+def test_when_the_only_one_is_damaged_it_is_said_that_there_is_none_before_it(tmp_path, caplog):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    (save(checkpoints, 10) / "state.json").write_text("")
+    assert checkpoints.latest() is None
+    assert caplog.text.strip().endswith("; there is none before it")
 
 
 def test_a_step_that_is_taken_again_replaces_its_checkpoint_and_the_later_ones(tmp_path):
@@ -105,6 +114,30 @@ def test_a_full_disk_leaves_the_one_before_whole_and_is_named(tmp_path, monkeypa
     assert checkpoints.latest() == tmp_path / "step-000010"
     save(checkpoints, 20)
     assert names(tmp_path) == ["step-000020"]
+
+
+@pytest.mark.parametrize("limit", [20, 90, 150])
+def test_a_disk_that_takes_no_more_leaves_the_one_before_whole_and_is_named(tmp_path, limit):
+    """No file may grow beyond so many bytes: the state, then the manifest, cannot be written."""
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    save(checkpoints, 10)
+    _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(OSError, match=r"while writing the checkpoint .*step-000020.*earlier checkpoints are untouched"):
+            save(checkpoints, 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert checkpoints.latest() == tmp_path / "step-000010"
+
+
+def test_torchs_own_error_of_a_full_disk_becomes_one_that_names_the_checkpoint(tmp_path):
+    with (
+        pytest.raises(OSError, match=r"file write failed while writing the checkpoint .*step-000020; earlier") as caught,
+        checkpoint.naming(tmp_path / "step-000020"),
+    ):
+        raise RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0: file write failed\nframe #0")
+    assert caught.value.errno == errno.EIO
 
 
 def test_a_process_killed_between_begin_and_commit_leaves_the_old_one_as_latest(tmp_path):

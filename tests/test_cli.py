@@ -198,3 +198,20 @@ def test_the_command_line_imports_neither_torch_nor_ray():
     code = "import sys; from minigpt_ray.cli import load_config; from minigpt_ray.config import PPOConfig; load_config(PPOConfig, []); print([m for m in ('torch', 'ray', 'vllm', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_submitted_job_needs_an_absolute_output_dir(file, monkeypatch):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    needed = "is relative, but a submitted job runs in a temporary copy of the working directory; use an absolute path that every node sees"
+    with pytest.raises(ConfigError, match=f"output_dir: outputs {needed}"):
+        read_config(PPOConfig, [])
+    given_in = file("output_dir: runs")
+    with pytest.raises(ConfigError) as caught:
+        read_config(SFTConfig, [given_in])
+    assert str(caught.value) == f"output_dir: runs {needed} ({given_in}, line 1)"
+    assert read_config(SFTConfig, [given_in, "output_dir=/shared"]).output_dir == Path("/shared")
+
+
+def test_an_output_dir_that_is_a_url_is_refused():
+    with pytest.raises(ConfigError, match="s3:/bucket/runs is a URL, but a run is kept in a file system that every node sees"):
+        read_config(PPOConfig, ["output_dir=s3://bucket/runs"])

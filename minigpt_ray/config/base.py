@@ -1,9 +1,14 @@
 """What several jobs share: the base class, optimizer, engine, checkpoints, logging, sampling, prompts."""
 
+import os
+import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+
+SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Environment variable, of just this name, that Ray sets for the command of `ray job submit`."""
 
 
 class Config(BaseModel):
@@ -71,6 +76,8 @@ class CheckpointConfig(Config):
     """Newest checkpoints kept; older ones are removed after a new one is complete."""
     resume: Literal["never", "auto"] = "never"
     """`auto` goes on from the newest complete checkpoint of this run and stage, or starts when there is none."""
+    driver_restarts: NonNegativeInt = 3
+    """How often a driver that dies, by a signal or because Ray was lost below it, is started again with `resume: auto`; each death is said in a line and counted in `restarts/driver`."""
 
 
 class LoggingConfig(Config):
@@ -99,6 +106,17 @@ class JobConfig(Config):
     """Where runs are kept. On a cluster: an absolute path that every node sees."""
     seed: NonNegativeInt = 0
     """Seed of everything random."""
+
+    @field_validator("output_dir")
+    @classmethod
+    def _is_a_place_that_lasts(cls, path: Path) -> Path:
+        if re.match(r"\w+:/", str(path)):
+            raise ValueError(f"{path} is a URL, but a run is kept in a file system that every node sees; mount one, and copy the finished model/ from there")
+        if SUBMITTED in os.environ and not path.is_absolute():
+            raise ValueError(
+                f"{path} is relative, but a submitted job runs in a temporary copy of the working directory; use an absolute path that every node sees"
+            )
+        return path
 
     @property
     def run_dir(self) -> Path:

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from minigpt_ray.config.base import Config
 
@@ -16,6 +16,17 @@ class RolePlacement(Config):
     """CPUs, and compute threads, of one rank."""
     gpus: float = Field(default=0, ge=0)
     """GPUs of one rank; a fraction shares a GPU. More than one is for the generator's tensor parallel alone."""
+    resources: dict[str, PositiveFloat] = {}
+    """Custom resources of one rank, as nodes were given them: `{learner: 1}` after `ray start --resources='{"learner": 4}'`."""
+    labels: dict[str, str] = {}
+    """Labels that a node must have to hold a rank, by Ray's selectors: `{role: learner}` after `ray start --labels=role=learner`, `{ray.io/accelerator-type: "in(H100, H200)"}`, `{zone: "!a"}`."""
+
+    @model_validator(mode="after")
+    def _custom_resources(self) -> "RolePlacement":
+        for name in self.resources:
+            if name in ("CPU", "GPU", "memory", "object_store_memory"):
+                raise ValueError(f"resources names {name}, which is none of the custom ones; use cpus or gpus")
+        return self
 
 
 class GeneratorPlacement(RolePlacement):
@@ -40,6 +51,12 @@ class PlacementConfig(Config):
     """Ray cluster to join; none: the one this job was submitted to, else a fresh local one."""
     strategy: Literal["pack", "spread"] = "pack"
     """Prefer few nodes or many."""
+    wait_seconds: NonNegativeFloat = 10
+    """How long the job waits for room, saying what is missing, before it is refused; where an autoscaler brings nodes, as long as these take."""
+    check_memory: bool = True
+    """Refuse roles whose estimated memory no node, or no GPU, has."""
+    hang_after_s: PositiveFloat = 3600
+    """After so many seconds a call to a role counts as hung: its ranks' stacks are printed, and they are ended and replaced like ranks that died."""
     generator: GeneratorPlacement = GeneratorPlacement()
     """Generator workers."""
     policy: RolePlacement = RolePlacement()

@@ -5,7 +5,7 @@ from pydantic import NonNegativeInt, PositiveInt, model_validator
 from minigpt_ray.config.algorithm import AlgorithmConfig
 from minigpt_ray.config.base import CheckpointConfig, Config, JobConfig, LoggingConfig, PromptsConfig, SamplingConfig, refuse_plain_bfloat16
 from minigpt_ray.config.placement import PlacementConfig
-from minigpt_ray.config.rewards import AnyReward, VerifierReward
+from minigpt_ray.config.rewards import AnyReward, FunctionReward, HttpReward, VerifierReward
 from minigpt_ray.config.roles import CriticConfig, GeneratorConfig, PolicyConfig, ReferenceConfig, WeightsConfig
 
 
@@ -107,6 +107,11 @@ class PPOConfig(JobConfig):
             raise ValueError("rewards is empty; name at least one source, for example rewards.verifier.kind=verifier")
         if self.generator.backend == "transformers" and self.placement.generator.tensor_parallel > 1:
             raise ValueError(f"placement.generator.tensor_parallel={self.placement.generator.tensor_parallel} needs generator.backend=vllm, found transformers")
+        for name, source in self.rewards.items():
+            if isinstance(source, FunctionReward | HttpReward) and (1 + source.retries) * source.timeout_s >= self.placement.hang_after_s:
+                raise ValueError(
+                    f"rewards.{name}.timeout_s={source.timeout_s:g} with retries={source.retries} may take as long as placement.hang_after_s={self.placement.hang_after_s:g}, after which the role counts as hung; raise the latter"
+                )
         self._possible_on_gpus()
         return self
 

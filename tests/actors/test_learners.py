@@ -2,6 +2,7 @@
 
 import math
 import os
+import resource
 import shutil
 import socket
 from dataclasses import replace
@@ -385,6 +386,18 @@ def test_a_skipped_mini_batch_leaves_the_means_of_the_others(nano: Path) -> None
 
 
 # ------------------------------------------------------------------------------------------------ saved, exported
+
+
+def test_a_rank_that_cannot_write_names_the_directory(nano: Path, tmp_path: Path) -> None:
+    """No file may grow beyond a KiB, as on a disk that is full; torch's own error has no path."""
+    rank = policy_rank(nano)
+    _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    try:
+        with pytest.raises(OSError, match=f"while writing the checkpoint {tmp_path}/policy; earlier checkpoints are untouched"):
+            rank.save(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_saved_policy_goes_on_as_if_it_had_not_stopped(nano: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`python -m jobs.ppo` as a user runs it: one debug run, one that is killed and goes on, one without a critic, and what is refused.
+"""`python -m jobs.ppo` as a user runs it: one debug run, one that is killed in all ways and goes on, one without a critic, and what is refused.
 
 The runs start from a model with random weights, which is made in no time; tests/jobs/test_sft.py trains a real one.
 """
@@ -13,9 +13,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -83,10 +85,12 @@ class Finished:
 
 @dataclass(frozen=True)
 class Interrupted:
-    """A run that was stopped twice, and the steps of its checkpoints after each."""
+    """A run of two commands with two drivers each: what they said, and the steps of the checkpoints after each of three faults."""
 
     finished: Finished
-    code_after_term: int
+    first_output: str
+    first_code: int
+    after_loss: list[int]
     after_term: list[int]
     after_kill: list[int]
     logged_when_killed: int
@@ -108,10 +112,14 @@ def whole(home: Path) -> Finished:
 
 @pytest.fixture(scope="module")
 def interrupted(home: Path) -> Interrupted:
-    """Asked to end after step 3, of which the last checkpoint knows two; gone on with and killed while it saves step 4, which it
-    has logged; then gone on with to the end, with a step more. Its roles share a process, as those of `whole` do not."""
+    """Ray is killed below the first driver in the middle of step 4, when the last checkpoint knows two; the second one is asked to end
+    after step 3. The same command with one step more goes on; its driver is killed while it saves step 4, and the next one takes the
+    steps that are left. The roles share a process, as those of `whole` do not."""
     directory = home / "killed" / "ppo"
     checkpoints = Checkpoints(directory / "checkpoint", keep=2)
+
+    def driver() -> int:
+        return json.loads((directory / "processes.json").read_text())["driver"]
 
     def step_3_is_logged() -> bool:
         return any(row["step"] == 3 and "train/epoch" in row for row in metrics_so_far(directory))
@@ -119,22 +127,34 @@ def interrupted(home: Path) -> Interrupted:
     def step_4_is_being_saved() -> bool:
         return (directory / "checkpoint" / ".step-000004.partial").exists()
 
-    code = stop(home, "killed", step_3_is_logged, signal.SIGTERM)
+    with running(home, "killed", ONE_PROCESS) as first:
+        wait_for(first, step_3_is_logged)
+        lost = driver()
+        for process in psutil.Process(lost).children():
+            if process.name() in ("raylet", "gcs_server"):
+                process.kill()
+        wait_for(first, lambda: driver() != lost)
+        after_loss = checkpoints.steps()
+        wait_for(first, step_3_is_logged)
+        first.terminate()
+        first_output = first.communicate(timeout=60)[0]
     after_term = checkpoints.steps()
-    stop(home, "killed", step_4_is_being_saved, signal.SIGKILL)
-    after_kill, logged = checkpoints.steps(), int(metrics_so_far(directory)[-1]["step"])
-    return Interrupted(ppo(home, "killed", ONE_PROCESS, "checkpoint.resume=auto", "steps=5"), code, after_term, after_kill, logged)
+    with running(home, "killed", ONE_PROCESS, "steps=5") as second:
+        wait_for(second, step_4_is_being_saved)
+        os.kill(driver(), signal.SIGKILL)
+        after_save = checkpoints.steps()
+        output = second.communicate(timeout=400)[0]
+        assert second.returncode == 0, output
+    return Interrupted(Finished(directory, output), first_output, first.returncode, after_loss, after_term, after_save)
 
 
-def stop(home: Path, run: str, when: Callable[[], bool], number: signal.Signals) -> int:
-    """Start or go on, send a signal, return the exit code."""
-    process = subprocess.Popen(
-        command(home, f"run={run}", ONE_PROCESS), cwd=CHECKOUT, env=environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+@contextmanager
+def running(home: Path, run: str, *overrides: str) -> Iterator[subprocess.Popen[str]]:
+    """Start or go on; whatever happens, nothing is left."""
+    arguments = command(home, f"run={run}", *overrides)
+    process = subprocess.Popen(arguments, cwd=CHECKOUT, env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        wait_for(process, when)
-        process.send_signal(number)
-        return process.wait(timeout=60)
+        yield process
     finally:
         process.kill()
         process.wait()
@@ -279,21 +299,31 @@ def numbers(row: dict[str, float]) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_sigterm_commits_the_last_whole_step_and_ends_with_0(interrupted: Interrupted) -> None:
-    assert interrupted.code_after_term == 0
-    assert interrupted.after_term == [2, 3]
+def test_when_ray_is_killed_the_parent_starts_another_driver(interrupted: Interrupted) -> None:
+    assert interrupted.after_loss == [2]
+    assert re.search(r"the driver \(process \d+\) (lost Ray|was killed by SIG\w+); restart 1 of 3, from the newest checkpoint", interrupted.first_output)
+    assert "PPO goes on after step 2" in interrupted.first_output
 
 
 @pytest.mark.slow
-def test_a_kill_while_a_checkpoint_is_written_leaves_those_before_it(interrupted: Interrupted) -> None:
-    assert interrupted.after_kill == [2, 3] and interrupted.logged_when_killed == 4  # which going on takes back
+def test_sigterm_commits_the_last_whole_step_and_ends_with_0(interrupted: Interrupted) -> None:
+    assert interrupted.first_code == 0
+    assert interrupted.after_term == [2, 3]
+    assert "SIGTERM: step 3 is saved" in interrupted.first_output
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed_while_it_writes_a_checkpoint_leaves_those_before_it_and_is_replaced(interrupted: Interrupted) -> None:
+    assert interrupted.after_save == [2, 3]
+    assert re.search(r"the driver \(process \d+\) was killed by SIGKILL; restart 1 of 3, from the newest checkpoint", interrupted.finished.output)
+    assert [row["restarts/driver"] for row in interrupted.finished.rows] == [0, 0, 1, 1, 1]
 
 
 @pytest.mark.slow
 def test_an_interrupted_run_has_the_numbers_of_one_that_was_not(whole: Finished, interrupted: Interrupted) -> None:
     """To the bit, clock and machine aside."""
     resumed = interrupted.finished
-    assert "PPO goes on after step 3" in resumed.output
+    assert resumed.output.count("PPO goes on after step 3") == 2
     assert [row["step"] for row in resumed.rows] == [1, 2, 3, 4, 5]
     for mine, theirs in zip(resumed.rows, whole.rows, strict=False):
         assert numbers(mine) == numbers(theirs)
@@ -321,16 +351,12 @@ def test_a_resumed_run_keeps_cursor_counters_and_retention(whole: Finished, inte
 def wounded(home: Path) -> Finished:
     """A run of which the reference is killed after step 1, the generator's worker after step 2, and the policy after step 3."""
     directory = home / "wounded" / "ppo"
-    process = subprocess.Popen(command(home, "run=wounded"), cwd=CHECKOUT, env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
+    with running(home, "wounded") as process:
         for step, role in ((1, "reference"), (2, "generator"), (3, "policy")):
             wait_for(process, lambda step=step: any(row["step"] == step and "train/epoch" in row for row in metrics_so_far(directory)))  # type: ignore[misc]
             os.kill(json.loads((directory / "processes.json").read_text())["roles"][role][0]["pid"], signal.SIGKILL)
         output = process.communicate(timeout=400)[0]
         assert process.returncode == 0, output
-    finally:
-        process.kill()
-        process.wait()
     return Finished(directory, output)
 
 
@@ -456,12 +482,14 @@ def test_what_a_user_can_mend_is_one_sentence(home: Path, override: str, sentenc
 
 @pytest.mark.slow
 def test_a_job_that_the_machine_cannot_hold_is_refused_and_leaves_nothing_behind(home: Path) -> None:
-    asked = command(home, "run=whole", f"policy.init_from={home}/whole/sft/model", "placement.critic.gpus=1")
+    asked = command(home, "run=whole", f"policy.init_from={home}/whole/sft/model", "placement.critic.gpus=1", "placement.wait_seconds=1")
     directory = home / "whole" / "prepare_data"
     files = [f"data.files=[{directory}/prompts.jsonl]", f"evaluation.data.files=[{directory}/held_out.jsonl]", f"output_dir={home}/refused"]
     done = subprocess.run([*asked, *files], cwd=CHECKOUT, env=environment(home), capture_output=True, text=True)
     assert done.returncode != 0
-    assert "the cluster cannot hold this job: 1 GPU asked and 0 free; ask for less under `placement` or add nodes" in done.stderr
+    assert (
+        "the cluster cannot hold this job: 1 GPU asked and 0 free; ask for less under `placement`, add nodes, or raise placement.wait_seconds=1" in done.stderr
+    )
     assert not (home / "refused").exists()
 
 

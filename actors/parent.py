@@ -1,0 +1,165 @@
+"""The parent of a job: a light process that starts the driver, and starts it again when it dies.
+
+    keep_running(train, load_config(PPOConfig))
+
+A driver dies when a signal kills it (the kernel's when memory runs out) or when Ray is lost below it (a raylet, the
+GCS, without which Ray ends the process itself). The next one goes on from the newest checkpoint. What a driver ends with
+by itself, a refusal or an exception of the code, would come again, so it is passed on; and so is SIGTERM, after which
+nothing is started any more.
+
+The driver is a fork, made before anything heavy is imported: the parent holds the configuration and no torch.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import TypeVar
+
+from minigpt_ray.config import PPOConfig, SupervisedConfig
+
+C = TypeVar("C", bound=PPOConfig | SupervisedConfig)
+
+RESTARTS = "MINIGPT_RAY_DRIVER_RESTARTS"
+"""Environment variable that tells a driver how many were before it."""
+LONGEST_PAUSE_SECONDS = 30.0
+"""Between two drivers: 1 s before the first restart, twice as long before each further one, so that a machine can come back."""
+ASKED = (signal.SIGTERM, signal.SIGINT)
+"""Signals by which somebody asks a job to end."""
+PR_SET_PDEATHSIG = 1
+
+
+def keep_running(train: Callable[[C], None], config: C) -> None:
+    """Exit as `train(config)` does in a process of its own, which is started anew at most checkpoint.driver_restarts times.
+
+    The exit code is 128 + n when signal n ended the last driver.
+    """
+    parent = _Parent()
+    limit = config.checkpoint.driver_restarts
+    with parent.passing_on():
+        for restarts in range(limit + 1):
+            pid = parent.start(partial(_drive, train, config, restarts))
+            code = parent.wait()
+            if parent.said_farewell() or parent.asked or -code in ASKED:
+                break
+            cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"lost Ray (code {code})"
+            if restarts == limit:
+                print(f"the driver (process {pid}) {cause}; checkpoint.driver_restarts={limit} are used up", file=sys.stderr, flush=True)
+                break
+            print(f"the driver (process {pid}) {cause}; restart {restarts + 1} of {limit}, from the newest checkpoint", file=sys.stderr, flush=True)
+            parent.pause(min(2.0**restarts, LONGEST_PAUSE_SECONDS))
+            if parent.asked:
+                break
+            config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"resume": "auto"})})
+    raise SystemExit(code if code >= 0 else 128 - code)
+
+
+def driver_restarts() -> int:
+    """How many drivers of this job died before this one."""
+    return int(os.environ.get(RESTARTS, "0"))
+
+
+def _drive(train: Callable[[C], None], config: C, restarts: int) -> bool:
+    """The life of a driver; False when Ray was lost. Other exceptions are raised."""
+    os.environ[RESTARTS] = str(restarts)
+    try:
+        train(config)
+    except Exception as error:
+        from ray.exceptions import RayError, RayTaskError
+
+        if not isinstance(error, RayError) or isinstance(error, RayTaskError):  # the latter: an exception of our code on a rank
+            raise
+        traceback.print_exc()
+        return False
+    return True
+
+
+class _Parent:
+    """Who waits for the driver, and what it was asked meanwhile."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._driver: int | None = None
+
+    def start(self, drive: Callable[[], bool]) -> int:
+        """Run `drive` in a child that dies with this process; returns its process id.
+
+        The child says farewell when it ends by itself: its exit code alone does not tell, since Ray's library ends a
+        process with 1, as an exception does.
+        """
+        self._farewell, farewell = os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        parent = os.getpid()
+        signal.pthread_sigmask(signal.SIG_BLOCK, ASKED)  # else one that comes now would be answered by the wrong process, or by none
+        pid = os.fork()
+        if pid == 0:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.close(self._farewell)
+            if os.getppid() != parent:  # it died before the child could say that it wants to follow
+                os._exit(128 + signal.SIGKILL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKED)
+            try:
+                if not drive():
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                    os._exit(1)  # at a usual exit Ray would wait for what is not there any more
+            except BaseException:
+                os.write(farewell, b"!")
+                raise
+            os.write(farewell, b".")
+            raise SystemExit(0)
+        os.close(farewell)
+        self._driver = pid
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKED)
+        return pid
+
+    def wait(self) -> int:
+        """Exit code of the driver, -n when signal n ended it."""
+        assert self._driver is not None
+        status = os.waitpid(self._driver, 0)[1]
+        self._driver = None
+        return os.waitstatus_to_exitcode(status)
+
+    def said_farewell(self) -> bool:
+        """Whether the driver ended by itself."""
+        os.set_blocking(self._farewell, False)  # a process that the driver left behind may hold the other end
+        try:
+            return bool(os.read(self._farewell, 1))
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(self._farewell)
+
+    def pause(self, seconds: float) -> None:
+        """Wait, but not when asked to end."""
+        end = time.monotonic() + seconds
+        while not self.asked and time.monotonic() < end:
+            time.sleep(0.1)
+
+    @contextmanager
+    def passing_on(self) -> Iterator[None]:
+        """SIGTERM goes to the driver, which saves and ends; so does Ctrl-C, which a terminal sends to both."""
+
+        def terminate(number: int, frame: object) -> None:
+            self.asked = True
+            if self._driver is not None:
+                with suppress(ProcessLookupError):  # it ended in this moment
+                    os.kill(self._driver, signal.SIGTERM)
+
+        def interrupt(number: int, frame: object) -> None:
+            self.asked = True
+
+        handlers = {signal.SIGTERM: signal.signal(signal.SIGTERM, terminate), signal.SIGINT: signal.signal(signal.SIGINT, interrupt)}
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)

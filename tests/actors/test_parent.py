@@ -1,0 +1,138 @@
+"""Real processes, light drivers: which deaths are followed by another driver, and what the job's exit code says."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+CHECKOUT = Path(__file__).parents[2]
+
+JOB = """
+import os, signal, sys, time
+from actors.parent import driver_restarts, keep_running
+from minigpt_ray.config import PPOConfig
+
+def train(config):
+    print("driver", driver_restarts(), config.checkpoint.resume, os.getpid(), flush=True)
+    {body}
+
+config = PPOConfig.model_validate({{"checkpoint": {{"driver_restarts": {limit}}}}})
+try:
+    keep_running(train, config)
+finally:
+    if "ray" not in sys.modules:
+        print("torch" in sys.modules)
+"""
+
+
+@contextmanager
+def job(body: str, limit: int = 2) -> Iterator[subprocess.Popen[str]]:
+    arguments = [sys.executable, "-c", JOB.format(body=body, limit=limit)]
+    with subprocess.Popen(arguments, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def finish(body: str, limit: int = 2) -> tuple[int, list[str], list[str]]:
+    """Exit code, lines of stdout, lines of stderr."""
+    with job(body, limit) as process:
+        out, err = process.communicate(timeout=60)
+    return process.returncode, out.splitlines(), err.splitlines()
+
+
+def drivers(out: list[str]) -> list[list[str]]:
+    """Number of restarts and checkpoint.resume, as each driver saw them."""
+    return [line.split()[1:3] for line in out if line.startswith("driver")]
+
+
+def test_a_driver_that_is_killed_is_started_again_with_resume_auto_and_its_parent_stays_light() -> None:
+    code, out, err = finish("if driver_restarts() < 2: os.kill(os.getpid(), signal.SIGKILL)")
+    assert code == 0
+    assert drivers(out) == [["0", "never"], ["1", "auto"], ["2", "auto"]]
+    assert out[-1] == "False"  # no torch in the parent
+    first, second = [line.split()[3] for line in out if line.startswith("driver")][:2]
+    assert err == [
+        f"the driver (process {first}) was killed by SIGKILL; restart 1 of 2, from the newest checkpoint",
+        f"the driver (process {second}) was killed by SIGKILL; restart 2 of 2, from the newest checkpoint",
+    ]
+
+
+def test_restarts_are_bounded_and_the_code_is_that_of_the_last_signal() -> None:
+    code, out, err = finish("os.kill(os.getpid(), signal.SIGSEGV)", limit=1)
+    assert code == 128 + signal.SIGSEGV and drivers(out) == [["0", "never"], ["1", "auto"]]
+    assert err[-1].endswith("was killed by SIGSEGV; checkpoint.driver_restarts=1 are used up")
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "said"),
+    [
+        ("print('no such model', file=sys.stderr); raise SystemExit(2)", 2, ["no such model"]),
+        ("raise SystemExit(0)", 0, []),
+        ("raise FloatingPointError('step 3')", 1, ["FloatingPointError: step 3"]),
+    ],
+)
+def test_what_a_driver_ends_with_by_itself_is_passed_on(body: str, code: int, said: list[str]) -> None:
+    found, out, err = finish(body)
+    assert found == code and drivers(out) == [["0", "never"]]
+    assert err[-1:] == said
+
+
+def test_the_loss_of_ray_is_a_death_and_an_exception_of_a_rank_is_not() -> None:
+    lost = "import ray; raise ray.exceptions.RaySystemError('the raylet is gone')"
+    code, out, err = finish(f"if driver_restarts(): return\n    {lost}")
+    assert code == 0 and len(drivers(out)) == 2
+    assert any("RaySystemError" in line for line in err) and any("lost Ray (code 1); restart 1 of 2" in line for line in err)
+    code, out, err = finish("if driver_restarts() == 0: os._exit(1)")  # as Ray's library does
+    assert code == 0 and len(drivers(out)) == 2 and "lost Ray" in err[0]
+    rank = "import ray; raise ray.exceptions.RayTaskError('update', 'its traceback', ValueError('nan')).as_instanceof_cause()"
+    code, out, _ = finish(rank)
+    assert code == 1 and len(drivers(out)) == 1
+
+
+def test_sigterm_is_passed_on_and_nothing_is_started_after_it() -> None:
+    saves = "signal.signal(signal.SIGTERM, lambda *_: (print('saved'), sys.exit(0))); print('ready', flush=True); time.sleep(60)"
+    for body, code in ((saves, 0), ("print('ready', flush=True); time.sleep(60)", 128 + signal.SIGTERM)):
+        with job(body) as process:
+            assert process.stdout is not None
+            while process.stdout.readline() != "ready\n":
+                pass
+            process.terminate()
+            out, err = process.communicate(timeout=60)
+            assert process.returncode == code and err == ""
+            assert ("saved" in out) == (code == 0)
+
+
+def test_sigterm_between_two_drivers_ends_the_job() -> None:
+    with job("os.kill(os.getpid(), signal.SIGKILL)", limit=9) as process:
+        assert process.stderr is not None and "restart 1 of 9" in process.stderr.readline()
+        process.terminate()
+        process.communicate(timeout=60)
+        assert process.returncode == 128 + signal.SIGKILL
+
+
+def test_a_driver_dies_with_its_parent() -> None:
+    with job("time.sleep(60)") as process:
+        assert process.stdout is not None
+        driver = psutil.Process(int(process.stdout.readline().split()[3]))
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 5
+        while is_alive(driver) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not is_alive(driver)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """A zombie is not."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

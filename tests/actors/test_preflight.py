@@ -1,0 +1,149 @@
+"""What the cluster cannot hold is refused with a table; nodes that are still coming are waited for; labels and custom resources choose nodes."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+
+from actors.placement import Cluster
+from actors.preflight import Node, PlacementError, preflight, room, selects
+from minigpt_ray.config import PlacementConfig, RolePlacement
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+def node(cpus: float = 8, gpus: float = 0, gib: float = 16, gpu_gib: float | None = None, labels: dict[str, str] | None = None, **custom: float) -> Node:
+    return Node("10.0.0.1", {"CPU": cpus, "GPU": gpus, **custom}, labels or {}, gib, gpu_gib)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found", "chosen"),
+    [
+        ("a", "a", True),
+        ("a", "b", False),
+        ("a", None, False),
+        ("!a", "b", True),
+        ("!a", None, True),
+        ("in(a, b)", "b", True),
+        ("in(a, b)", "c", False),
+        ("!in(a,b)", "b", False),
+        ("!in(a,b)", "c", True),
+    ],
+)
+def test_labels_are_chosen_as_ray_does(wanted: str, found: str | None, chosen: bool) -> None:
+    assert selects(wanted, found) == chosen
+
+
+def test_a_rank_needs_everything_on_one_node() -> None:
+    roles = {"policy": RolePlacement(ranks=2, cpus=6)}
+    assert room(roles, {}, [node(cpus=8), node(cpus=8)]) == {"policy": 2}
+    assert room(roles, {}, [node(cpus=16)]) == {"policy": 2}
+    assert room(roles, {}, [node(cpus=4), node(cpus=4), node(cpus=4)]) == {"policy": 0}  # as many CPUs, but nowhere six
+
+
+def test_the_largest_ranks_are_placed_first() -> None:
+    roles = {"rewards": RolePlacement(ranks=4), "policy": RolePlacement(cpus=8)}
+    assert room(roles, {}, [node(cpus=8), node(cpus=4)]) == {"rewards": 4, "policy": 1}
+
+
+def test_labels_and_custom_resources_choose_nodes() -> None:
+    learner = RolePlacement(ranks=2, labels={"role": "learner"})
+    assert room({"policy": learner}, {}, [node(labels={"role": "generator"}), node(cpus=1, labels={"role": "learner"})]) == {"policy": 1}
+    slots = RolePlacement(ranks=3, resources={"slot": 1})
+    assert room({"policy": slots}, {}, [node(), node(slot=2)]) == {"policy": 2}
+
+
+def test_memory_counts_on_the_host_for_ranks_without_a_gpu_and_on_the_gpu_for_others() -> None:
+    on_hosts, on_gpus = {"policy": RolePlacement(ranks=3)}, {"policy": RolePlacement(ranks=2, gpus=1)}
+    assert room(on_hosts, {"policy": 7.0}, [node(gib=16)]) == {"policy": 2}
+    assert room(on_hosts, {}, [node(gib=1)]) == {"policy": 3}
+    assert room(on_gpus, {"policy": 70.0}, [node(gpus=2, gpu_gib=79, gib=1)]) == {"policy": 2}
+    assert room(on_gpus, {"policy": 70.0}, [node(gpus=2, gpu_gib=44)]) == {"policy": 0}
+    assert room(on_gpus, {"policy": 70.0}, [node(gpus=2)]) == {"policy": 2}  # a GPU that is not known is not compared
+
+
+def test_a_resource_that_has_a_field_is_no_custom_one() -> None:
+    with pytest.raises(ValueError, match="resources names GPU, which is none of the custom ones; use cpus or gpus"):
+        RolePlacement(resources={"GPU": 1})
+
+
+@pytest.mark.ray
+def test_what_the_cluster_cannot_hold_is_refused_within_seconds_with_a_table(ray_cluster: None, caplog: pytest.LogCaptureFixture) -> None:
+    roles = {"policy": RolePlacement(ranks=4, cpus=50, gpus=1), "critic": RolePlacement()}
+    start = time.monotonic()
+    with pytest.raises(PlacementError) as refusal:
+        Cluster(PlacementConfig(wait_seconds=2), roles, {"critic": 0.5})
+    assert 2 <= time.monotonic() - start < 8
+    sentence, policy, critic, *nodes = str(refusal.value).splitlines()
+    free = ray.available_resources()["CPU"]
+    assert sentence == (
+        f"the cluster cannot hold this job: 201 CPU asked and {free:g} free, 4 GPU asked and 0 free; "
+        "ask for less under `placement`, add nodes, or raise placement.wait_seconds=2 where they are still coming"
+    )
+    assert policy == "    policy           4 x 50 CPU, 1 GPU; room for 0" and critic == "    critic           1 x 1 CPU, 0 GPU, 0.5 GiB; room for 1"
+    assert len(nodes) == 1 and f"free: {free:g} CPU, 0 GPU, " in nodes[0]
+    assert "waiting for room: 201 CPU asked" in caplog.text and "2 s left of placement.wait_seconds=2" in caplog.text
+
+
+@pytest.mark.ray
+def test_memory_that_no_node_has_is_refused_unless_it_is_not_to_be_checked(ray_cluster: None) -> None:
+    roles = {"policy": RolePlacement()}
+    with pytest.raises(PlacementError, match=r"policy has room for 0 of 1 ranks by the memory that they are estimated to need .*check_memory=false"):
+        Cluster(PlacementConfig(wait_seconds=0), roles, {"policy": 1e6})
+    Cluster(PlacementConfig(wait_seconds=0, check_memory=False), roles, {"policy": 1e6}).close()
+
+
+@pytest.mark.ray
+def test_what_fits_passes_at_once(ray_cluster: None) -> None:
+    start = time.monotonic()
+    preflight({"policy": RolePlacement(ranks=2), "critic": RolePlacement()})
+    assert time.monotonic() - start < 2
+
+
+SEVERAL_NODES = """
+import json, logging, threading, time
+import ray
+from ray.cluster_utils import Cluster as Nodes
+from actors.placement import Cluster
+from actors.preflight import PlacementError
+from minigpt_ray.config import PlacementConfig, RolePlacement
+
+logging.basicConfig(format="%(message)s")
+nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 0})
+learner = nodes.add_node(num_cpus=2, labels={"role": "learner"})
+roles = {
+    "policy": RolePlacement(ranks=2, labels={"role": "learner"}),
+    "generator": RolePlacement(ranks=2, resources={"engine": 1}),
+}
+try:
+    Cluster(PlacementConfig(address=nodes.address, wait_seconds=1), roles)
+except PlacementError as error:
+    refused = str(error)
+late = []
+def come():
+    time.sleep(3)
+    late.append(nodes.add_node(num_cpus=2, resources={"engine": 2}))
+threading.Thread(target=come).start()
+with Cluster(PlacementConfig(address=nodes.address, wait_seconds=100), roles) as cluster:
+    where = {name: ray.get([host.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()) for host in cluster.hosts(name, False)]) for name in roles}
+print(json.dumps({"refused": refused, "where": where, "learner": learner.node_id, "engines": late[0].node_id}))
+nodes.shutdown()
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_on_several_nodes_roles_go_where_their_labels_and_resources_are_and_a_node_that_comes_late_is_waited_for() -> None:
+    done = subprocess.run([sys.executable, "-c", SEVERAL_NODES], cwd=CHECKOUT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["where"] == {"policy": [found["learner"]] * 2, "generator": [found["engines"]] * 2}
+    sentence, policy, generator, *nodes = found["refused"].splitlines()
+    assert "4 CPU asked and 2 free, 2 engine asked and 0 free" in sentence
+    assert policy.endswith("2 x 1 CPU, 0 GPU, role=learner; room for 2") and generator.endswith("2 x 1 CPU, 0 GPU, 1 engine; room for 0")
+    assert len(nodes) == 2 and any(line.endswith("role=learner") for line in nodes)
+    assert "waiting for room: 4 CPU asked and 2 free" in done.stderr and "s left of placement.wait_seconds=100" in done.stderr
