@@ -12,7 +12,7 @@ from actors.placement import roles_of
 from actors.weights import PROBE_LENGTH
 from minigpt_ray.checkpoint import Checkpoints
 from minigpt_ray.cli import resolved, write_resolved
-from minigpt_ray.config import ModelReward, PPOConfig, RolePlacement, SupervisedConfig, VerifierReward
+from minigpt_ray.config import AnyPlacement, ModelReward, PPOConfig, SupervisedConfig, VerifierReward
 from minigpt_ray.data.prompts import PromptSet, load_prompts
 from minigpt_ray.flops import PPOShapes
 from minigpt_ray.models import config_json, resolve_model
@@ -47,7 +47,7 @@ class Preparation:
         self.start = find_start(config, self.directory, self.checkpoints, MAY_DIFFER_ON_RESUME)
 
     @property
-    def roles(self) -> dict[str, RolePlacement]:
+    def roles(self) -> dict[str, AnyPlacement]:
         return roles_of(self.config.placement, self.config.rewards, self.config.algorithm.uses_critic)
 
     @property

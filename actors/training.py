@@ -18,6 +18,7 @@ from minigpt_ray.cli import write_resolved
 from minigpt_ray.data.prompts import PromptStream
 from minigpt_ray.flops import ppo_step_flops
 from minigpt_ray.rl.experience import RolloutBatch, TrainingState
+from minigpt_ray.scaling import Requests
 from minigpt_ray.tracking import Rates, Timer, Tracker
 
 
@@ -33,6 +34,7 @@ class Training:
         self.ready, self.config, self.tracker = ready, ready.config, tracker
         self.generator, self.policy, self.critic = generator, policy, critic
         self.roles: list[Group] = [generator, policy, critic, *others]
+        generator.obey(Requests(ready.directory), tracker.message)
         for role in self.roles:
             role.ready()
         self.rates = Rates(self.config.steps, peak_flops(ready.roles, policy.device_name()))
@@ -53,7 +55,7 @@ class Training:
 
     def _write_processes(self) -> None:
         """Keep processes.json up to date: which process of which host is which rank of which role."""
-        self._restarts_written = sum(role.restarts for role in self.roles)
+        self._changes_written = sum(role.changes for role in self.roles)
         roles = {role.role: role.whereabouts() for role in self.roles}
         write_json_atomic(self.ready.directory / "processes.json", {"driver": os.getpid(), "roles": roles})
 
@@ -114,7 +116,7 @@ class Training:
         self.state = replace(state, prompts_drawn=self.prompts.drawn, epoch=self.prompts.epoch)
         if state.step % self.config.checkpoint.every == 0 or state.step == self.config.steps:
             self._save()
-        if sum(role.restarts for role in self.roles) != self._restarts_written:
+        if sum(role.changes for role in self.roles) != self._changes_written:
             self._write_processes()
         self._end_change()
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minigpt_ray.config import (
+    AnyPlacement,
     EngineConfig,
     EvaluateConfig,
     GeneratePreferencesConfig,
@@ -41,7 +42,7 @@ class RoleMemory:
     """One role: its processes, its model, and the GiB that one rank needs, by what they are for."""
 
     name: str
-    placement: RolePlacement
+    placement: AnyPlacement
     parameters: int | None
     """Of the whole model; None where it is unknown or the role has none."""
     parts: dict[str, float]
@@ -162,19 +163,19 @@ def _generator(config: PPOConfig | EvaluateConfig | GeneratePreferencesConfig, i
     )
 
 
-def _cache(generator: GeneratorConfig, placement: RolePlacement, shape: ModelShape, tokens: int) -> float:
+def _cache(generator: GeneratorConfig, placement: AnyPlacement, shape: ModelShape, tokens: int) -> float:
     if generator.backend == "vllm" and not placement.gpus:
         return float(generator.kv_cache_mib * 2**20)
     return float(cache_bytes(shape, tokens, generator.dtype))
 
 
-def _cache_note(generator: GeneratorConfig, placement: RolePlacement) -> str:
+def _cache_note(generator: GeneratorConfig, placement: AnyPlacement) -> str:
     if generator.backend == "vllm" and placement.gpus:
         return f"at the longest sequences; vLLM takes {generator.gpu_memory_utilization:.0%} of each GPU and queues what does not fit"
     return ""
 
 
-def _known(name: str, placement: RolePlacement, parameters: int, parts: dict[str, float], note: str = "") -> RoleMemory:
+def _known(name: str, placement: AnyPlacement, parameters: int, parts: dict[str, float], note: str = "") -> RoleMemory:
     process = GPU_CONTEXT_GIB if placement.gpus else PROCESS_GIB.get(name, OTHER_PROCESS_GIB)
     return RoleMemory(name, placement, parameters, {part: size / GIB for part, size in parts.items()} | {"process": process}, note)
 
