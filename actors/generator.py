@@ -78,7 +78,7 @@ class Generator(Pool[GeneratorWorker]):
     def receive(self, publication: Publication) -> None:
         """Every worker that is there loads and proves a publication before it generates again; one that is being built will."""
         self._publication, self.version = publication, publication.version
-        if self.placement.autoscale and not self._wishes and not self._building and self.meter.seconds:
+        if self.placement.autoscale and not self._wishes and not self._coming and self.meter.seconds:
             self.resize(self._autoscaler.wanted(self.size, self.meter.queue_depth, self.meter.idle_share))
         self.advance()
         self._deliver()

@@ -63,7 +63,7 @@ class Pool(Group[R]):
         self.workers: list[Worker] = []
         self.joined = self.left = 0
         self._wishes: list[_Wish] = []
-        self._building: dict[Any, Worker] = {}
+        self._coming: dict[Any, Worker] = {}
         self._numbers = 0
         self._asked: Callable[[], int | None] = lambda: None
         self._say: Callable[[str], object] = logger.warning
@@ -78,14 +78,14 @@ class Pool(Group[R]):
 
     def ready(self) -> None:
         """Wait until everybody who was asked for is there."""
-        while self._wishes or self._building:
+        while self._wishes or self._coming:
             ray.wait(self.on_their_way, num_returns=1)
             self.advance()
 
     @property
     def on_their_way(self) -> list[Any]:
         """References of which each, once it is there, is a reason to `advance`."""
-        return [*(wish.place.made for wish in self._wishes), *self._building]
+        return [*(wish.place.made for wish in self._wishes), *self._coming]
 
     @property
     def changes(self) -> int:
@@ -99,13 +99,13 @@ class Pool(Group[R]):
     def resize(self, size: int) -> None:
         """Be so many workers, in time: those that are too many leave, the youngest first; those that are missing are started."""
         self.size, self._room_is_missed = size, False
-        surplus = len(self.workers) + len(self._wishes) + len(self._building) - size
+        surplus = len(self.workers) + len(self._wishes) + len(self._coming) - size
         for wish in self._wishes[max(0, len(self._wishes) - max(0, surplus)) :]:
             self._wishes.remove(wish)
             self.cluster.give_back(wish.place)
             surplus -= 1
-        for built in list(self._building)[max(0, len(self._building) - max(0, surplus)) :]:
-            self._end(self._building.pop(built))
+        for built in list(self._coming)[max(0, len(self._coming) - max(0, surplus)) :]:
+            self._end(self._coming.pop(built))
             surplus -= 1
         for age, worker in enumerate(self.workers):
             worker.leaving = age >= len(self.workers) - surplus
@@ -119,12 +119,12 @@ class Pool(Group[R]):
             self._wishes.remove(wish)
             self._start(wish.place, wish.newcomer)
         self._miss_room()
-        for built in ray.wait(list(self._building), num_returns=len(self._building), timeout=0)[0] if self._building else []:
-            self._arrive(self._building.pop(built), built)
+        for built in ray.wait(list(self._coming), num_returns=len(self._coming), timeout=0)[0] if self._coming else []:
+            self._arrive(self._coming.pop(built), built)
         for worker in [worker for worker in self.workers if worker.leaving and worker.number not in busy]:
             self._end(worker)
             self.left += 1
-            self._say(f"a {self.role} worker has left; {len(self.workers)} go on")
+            self._say(f"a {self.role} worker has left; workers now: {len(self.workers)}")
 
     def replace(self, worker: Worker, death: Exception) -> None:
         """Start another worker in the place of a dead one."""
@@ -138,12 +138,12 @@ class Pool(Group[R]):
 
     def close(self) -> None:
         """End all processes; their places stay reserved."""
-        for worker in [*self.workers, *self._building.values()]:
+        for worker in [*self.workers, *self._coming.values()]:
             ray.kill(worker.host)
             self.cluster.keep(self.role, worker.place)
         for wish in self._wishes:
             self.cluster.keep(self.role, wish.place)
-        self.workers, self._building, self._wishes, self.hosts = [], {}, [], []
+        self.workers, self._coming, self._wishes, self.hosts = [], {}, [], []
 
     def _revive(self, death: Exception) -> None:
         for worker in [worker for worker in self.workers if has_died(worker.host.address.remote())]:
@@ -161,7 +161,7 @@ class Pool(Group[R]):
         refused = refusal(asked, self.placement)
         if not refused:
             self.resize(asked)
-        self._say(refused or f"{asked} {self.role} workers are asked for; {len(self.workers)} are there")
+        self._say(refused or f"the {self.role} goes from {len(self.workers)} to {asked} workers")
 
     def _miss_room(self) -> None:
         """Say, once, that the cluster has no room for everybody."""
@@ -177,7 +177,7 @@ class Pool(Group[R]):
     def _start(self, place: Place, newcomer: bool) -> None:
         worker = Worker(self._numbers, place, self.cluster.host(self.role, self._numbers, place), newcomer)
         self._numbers += 1
-        self._building[worker.host.build.remote(self.role, self._build, *self._args)] = worker
+        self._coming[worker.host.build.remote(self.role, self._build, *self._args)] = worker
 
     def _arrive(self, worker: Worker, built: Any) -> None:
         """The worker is built, or could not be: then the job goes on without a newcomer."""

@@ -37,7 +37,8 @@ class Training:
         generator.obey(Requests(ready.directory), tracker.message)
         for role in self.roles:
             role.ready()
-        self.rates = Rates(self.config.steps, peak_flops(ready.roles, policy.device_name()))
+        self._device = policy.device_name()
+        self.rates = Rates(self.config.steps, self._peak_flops(self.config.placement.generator.workers))
         self._rewinds_left = self.config.restart_limit
         self._changing = self._asked_to_end = False
         self._restore(ready.start)
@@ -97,9 +98,15 @@ class Training:
         """From here to the end of the step the models stand between two steps."""
         self._changing = True
 
+    def _peak_flops(self, workers: int) -> float:
+        """Of all devices, with so many generator workers."""
+        pool = self.config.placement.generator.model_copy(update={"workers": workers})
+        return peak_flops({**self.ready.roles, "generator": pool}, self._device)
+
     def metrics(self, state: TrainingState, batch: RolloutBatch, timer: Timer) -> dict[str, float]:
         """Progress, rates, and what every role was doing in the step that led to `state`."""
         seconds = sum(s for name, s in timer.seconds.items() if "/" not in name)
+        self.rates.peak_flops = self._peak_flops(self.generator.meter.workers)
         flops = ppo_step_flops(self.ready.shapes, batch.prompt_lengths.tolist(), batch.lengths.tolist(), self.config.algorithm.ppo_epochs)
         return {
             "train/epoch": self.prompts.epoch,

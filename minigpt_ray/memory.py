@@ -185,7 +185,7 @@ def _in_processes_of(home: str, role: RoleMemory) -> RoleMemory:
     return replace(role, parts=parts, note="; ".join(filter(None, [role.note, f"in the processes of {home}"])), own_processes=False)
 
 
-def _unknown(name: str, placement: RolePlacement, init_from: str) -> RoleMemory:
+def _unknown(name: str, placement: AnyPlacement, init_from: str) -> RoleMemory:
     return RoleMemory(name, placement, None, {}, f"unknown until the model exists on this machine ({init_from})")
 
 
