@@ -1,177 +1,95 @@
-"""The rollout generator: workers with an engine each, and the pool that the driver holds.
+"""The rollout generator as the driver sees it: a pool of workers with an engine each, their weights, and who answers what."""
 
-A sampling seed is a function of (run seed, prompt serial number, sample), so the same weights give the same tokens
-whoever generates them, and a prompt that is handed out again after a worker's death changes nothing.
-"""
-
-import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import ray
-from torch import Tensor
 
-from actors.group import Group, OutOfRestarts, Rank, RoleLost, Timed, by_reference, get_all, has_died
+from actors.dispatch import Dispatch
+from actors.generator_worker import Answer, GeneratorWorker, Order, Received, Request, sampling_seed
+from actors.group import RoleLost, Timed, by_reference, get_all, has_died
 from actors.placement import Cluster
-from actors.weights import TRANSPORTS, Publication, probe_gap
+from actors.pool import Pool, Worker
+from actors.weights import TRANSPORTS, Publication
 from minigpt_ray.config import GeneratorConfig, SamplingConfig
 from minigpt_ray.rl.experience import Prompt, Rollout
-from minigpt_ray.tokenizer import load_tokenizer
+from minigpt_ray.scaling import Autoscaler
 
-logger = logging.getLogger(__name__)
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Request:
-    """One response that is wanted."""
-
-    token_ids: np.ndarray
-    """int32 (prompt tokens,)."""
-    seed: int
+CALLS_AHEAD = 2
+"""Calls that a worker has at a time, so that it need not wait for the driver between two of them."""
+POLL_SECONDS = 0.5
+"""Longest time without a look at who joins, leaves or falls behind."""
 
 
-@dataclass(frozen=True)
-class Completion:
-    """One response as an engine gives it."""
+@dataclass
+class Meter:
+    """What the pool did since the counting began, while it was asked for answers."""
 
-    token_ids: np.ndarray
-    """int32 (tokens,): the end token included when it was drawn."""
-    logprobs: np.ndarray
-    """float32 (tokens,): of the distribution that was sampled from."""
-    finish_reason: str
-    """`stop` or `length`."""
+    workers: int = 0
+    """At most, at a time."""
+    seconds: float = 0.0
+    present: float = 0.0
+    """Seconds of all workers that could have worked, summed."""
+    busy: float = 0.0
+    """Seconds of all workers that did."""
+    waited: float = 0.0
+    """Prompts that nobody had begun times seconds."""
 
+    def passed(self, seconds: float, workers: int, queue_depth: int) -> None:
+        """Some time went by with so many workers and so many prompts that waited."""
+        self.workers = max(self.workers, workers)
+        self.seconds += seconds
+        self.present += seconds * workers
+        self.waited += seconds * queue_depth
 
-@dataclass(frozen=True)
-class Answer:
-    """One response as a worker gives it."""
+    @property
+    def idle_share(self) -> float:
+        return max(0.0, 1 - self.busy / self.present) if self.present else 0.0
 
-    completion: Completion
-    text: str
-
-
-class GeneratorEngine(Protocol):
-    """What a generator worker needs of an engine."""
-
-    def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[tuple[int, Completion]]:
-        """A completion for each request, with the request's index, in the order in which they end."""
-        ...
-
-    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None: ...
-    def load_by(self, loader: Callable[..., T], *args: Any) -> list[T]: ...
-    def probe(self, token_ids: Sequence[int]) -> list[float]: ...
-    def sleep(self) -> None: ...
-    def wake(self) -> None: ...
+    @property
+    def queue_depth(self) -> float:
+        return self.waited / self.seconds if self.seconds else 0.0
 
 
-def _vllm(path: str, config: GeneratorConfig, max_model_len: int, tensor_parallel: int, seed: int) -> GeneratorEngine:
-    from actors.vllm_engine import VLLMEngine
-
-    return VLLMEngine(path, config, max_model_len, tensor_parallel, seed)
-
-
-def _transformers(path: str, config: GeneratorConfig, max_model_len: int, tensor_parallel: int, seed: int) -> GeneratorEngine:
-    from actors.transformers_engine import TransformersEngine
-
-    return TransformersEngine(path, config, max_model_len, tensor_parallel, seed)
-
-
-ENGINES: dict[str, Callable[[str, GeneratorConfig, int, int, int], GeneratorEngine]] = {"vllm": _vllm, "transformers": _transformers}
-
-
-@dataclass(frozen=True)
-class Received:
-    """Proof that a worker generates with a version."""
-
-    version: int
-    probe_gap: float
-    """Nats."""
-    seconds: float
-
-
-class GeneratorWorker:
-    """One engine. It generates only with weights whose version it has proved."""
-
-    def __init__(self, rank: Rank, path: str, config: GeneratorConfig, max_model_len: int, tensor_parallel: int, seed: int, probe_tolerance: float) -> None:
-        self.engine = ENGINES[config.backend](path, config, max_model_len, tensor_parallel, seed)
-        self.tokenizer = load_tokenizer(path)
-        self.config, self.probe_tolerance = config, probe_tolerance
-        self.version = -1
-        self.asleep = False
-
-    def receive(self, publication: Publication) -> Received:
-        """Load a publication and prove it, awake again if it slept; raises WeightsError when the bytes or the probe do not agree."""
-        start = time.perf_counter()
-        self.version = -1
-        if self.asleep:
-            self.engine.wake()
-            self.asleep = False
-        TRANSPORTS[publication.transport].receive(publication, self.engine)
-        gap = probe_gap(publication, self.engine.probe(publication.probe.token_ids), self.probe_tolerance)
-        self.version = publication.version
-        return Received(self.version, gap, time.perf_counter() - start)
-
-    def generate(self, requests: Sequence[Request], sampling: SamplingConfig, version: int) -> Iterator[tuple[int, list[Answer]]]:
-        """`sampling.n` consecutive requests are a group. Yields each group's number and answers as soon as all of them are there."""
-        if version != self.version:
-            raise RuntimeError(f"this worker has proved weights version {self.version} and was asked to generate with {version}")
-        groups: dict[int, dict[int, Answer]] = {}
-        for index, completion in self.engine.generate(requests, sampling):
-            number, sample = divmod(index, sampling.n)
-            group = groups.setdefault(number, {})
-            group[sample] = Answer(completion, str(self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)))
-            if len(group) == sampling.n:
-                yield number, [group[sample] for sample in range(sampling.n)]
-                del groups[number]
-
-    def load_checkpoint(self, version: int) -> None:
-        """Generate with the checkpoint that the engine was built from, as `version`."""
-        self.version = version
-
-    def sleep(self) -> None:
-        """Give the GPU to others; the weights are lost, so nothing is generated before the next `receive`."""
-        self.version = -1
-        self.engine.sleep()
-        self.asleep = True
-
-
-def sampling_seed(run_seed: int, serial: int, sample: int, turn: int = 0) -> int:
-    """31-bit seed of one response."""
-    return int(np.random.SeedSequence([run_seed, serial, sample, turn]).generate_state(1)[0]) >> 1
-
-
-class Generator(Group[GeneratorWorker]):
+class Generator(Pool[GeneratorWorker]):
     """The pool of workers as the driver sees it."""
 
     def __init__(
         self, cluster: Cluster, path: str, config: GeneratorConfig, max_model_len: int, tensor_parallel: int, seed: int, probe_tolerance: float = 0.0
     ) -> None:
         """`path`: the checkpoint that engines are built from; `max_model_len`: longest prompt and response together."""
-        self._seed = seed
-        self._tensor_parallel, self._sleeps, self._asleep = tensor_parallel, config.sleep_between_phases, False
+        self._config, self._seed, self._tensor_parallel = config, seed, tensor_parallel
+        self._asleep = False
         self._publication: Publication | None = None
         self.version = -1
         self.received: list[Received] = []
+        self.meter = Meter()
+        self._loading: dict[Any, Worker] = {}
+        self._orders = 0
         options = (config, max_model_len, tensor_parallel, seed, probe_tolerance)
         super().__init__(cluster, "generator", GeneratorWorker, path, *options, restarts=config.restart_limit)
+        self._autoscaler = Autoscaler(self.placement)
+
+    # ------------------------------------------------------------------------------------------------- weights
 
     def receive(self, publication: Publication) -> None:
-        """Every worker loads and proves a publication before it generates again."""
+        """Every worker that is there loads and proves a publication before it generates again; one that is being built will."""
         self._publication, self.version = publication, publication.version
-        self.received = self._deliver(range(len(self.hosts)))
+        if self.placement.autoscale and not self._wishes and not self._coming and self.meter.seconds:
+            self.resize(self._autoscaler.wanted(self.size, self.meter.queue_depth, self.meter.idle_share))
+        self.advance()
+        self._deliver()
 
-    def _deliver(self, workers: Sequence[int]) -> list[Received]:
-        """Workers load and prove the current publication, and are awake; one that dies at it is replaced, and all load it again."""
-        publication = self._publication
-        assert publication is not None
+    def _deliver(self) -> None:
+        """All workers load and prove the current publication, and are awake; one that dies at it is replaced, and the others load it again."""
+        self._loading.clear()  # calls of a worker are in order: an older one ends before this one begins
         while True:
-            hosts = [self.hosts[worker] for worker in workers]
-            publications, sending = TRANSPORTS[publication.transport].dispatch(publication, hosts, self._tensor_parallel)
-            calls = [host.call.remote(self.role, GeneratorWorker.receive, (by_reference(mine),)) for host, mine in zip(hosts, publications, strict=True)]
+            self._wait_for_one()
+            workers = list(self.workers)
+            calls, sending = self._send(workers)
             try:
                 timed = get_all([*calls, *sending])[: len(calls)]
                 break
@@ -180,16 +98,71 @@ class Generator(Group[GeneratorWorker]):
                 if not dead:
                     raise RoleLost("policy") from death  # the sender
                 for worker in dead:
-                    self._start_anew(worker, death)
+                    self.replace(worker, death)
         self.usage.busy_seconds += max(t.seconds for t in timed)
         self.usage.span(timed)
         self._asleep = False
-        return [t.value for t in timed]
+        self.received = [t.value for t in timed]
+        for worker in workers:
+            self._has_proved(worker)
+
+    def _send(self, workers: Sequence[Worker]) -> tuple[list[Any], list[Any]]:
+        """Calls by which workers load the current publication, and those by which it is sent."""
+        publication = self._publication
+        assert publication is not None
+        hosts = [worker.host for worker in workers]
+        publications, sending = TRANSPORTS[publication.transport].dispatch(publication, hosts, self._tensor_parallel)
+        calls = [host.call.remote(self.role, GeneratorWorker.receive, (by_reference(mine),)) for host, mine in zip(hosts, publications, strict=True)]
+        return calls, sending
+
+    def _wait_for_one(self) -> None:
+        """There is a worker again, where all have died."""
+        while not self.workers:
+            ray.wait(self.on_their_way, num_returns=1, timeout=POLL_SECONDS)
+            self.advance()
+
+    def bring_up_to_date(self) -> None:
+        """Workers that came since the last publication load it, without anybody waiting; raises WeightsError when one cannot prove it."""
+        under_way = set(self._loading.values())
+        for worker in self.workers:
+            if worker.version != self.version and worker not in under_way:
+                self._loading[self._load(worker)] = worker
+        for call in ray.wait(list(self._loading), num_returns=len(self._loading), timeout=0)[0] if self._loading else []:
+            worker = self._loading.pop(call)
+            try:
+                ray.get(call)
+            except ray.exceptions.RayActorError as death:
+                if worker in self.workers:  # else it was sent away meanwhile
+                    self.replace(worker, death)
+                continue
+            self._has_proved(worker)
+
+    def _load(self, worker: Worker) -> Any:
+        if self._publication is None:
+            return worker.host.call.remote(self.role, GeneratorWorker.load_checkpoint, (self.version,))
+        (call,), _ = self._send([worker])
+        return call
+
+    def _has_proved(self, worker: Worker) -> None:
+        worker.version = self.version
+        if worker.newcomer:
+            worker.newcomer = False
+            self.joined += 1
+            self._say(f"a {self.role} worker has joined, with weights version {self.version}; {len(self.workers)} of {self.size} are there")
 
     def use_checkpoint(self, version: int = 0) -> None:
         """Generate with the checkpoint that the workers were built from."""
         self.version = version
         self.call(GeneratorWorker.load_checkpoint, version).result()
+        for worker in self.workers:
+            worker.version = version
+
+    @property
+    def able(self) -> list[Worker]:
+        """Workers that may be given prompts: they have proved the current weights, and stay."""
+        return [worker for worker in self.workers if worker.version == self.version and not worker.leaving]
+
+    # ----------------------------------------------------------------------------------------------- generation
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Rollout]:
         """`sampling.n` rollouts per prompt, ordered by prompt and sample, whoever generated them."""
@@ -198,76 +171,44 @@ class Generator(Group[GeneratorWorker]):
     def stream(self, prompts: Sequence[Prompt], sampling: SamplingConfig, chunk: int) -> Iterator[list[Rollout]]:
         """The same in chunks of so many consecutive prompts, each as soon as it is whole, while the rest still generates.
 
-        Which prompts make a chunk depends on nothing but their order. Each worker has a contiguous part of the prompts. A
-        worker that dies is replaced, up to generator.restart_limit times in a run, and what it had not finished is
-        generated again, with the same tokens. With generator.sleep_between_phases workers sleep afterwards, and load the
-        current publication again if they are asked for more before the next one.
+        Which prompts make a chunk depends on nothing but their order. Workers may join, leave or die meanwhile; one that
+        dies is replaced, up to generator.restart_limit times in a run, and what it had not finished is generated again,
+        with the same tokens. With generator.sleep_between_phases workers sleep afterwards, and load the current
+        publication again if they are asked for more before the next one.
         """
         if self._asleep and self._publication is not None:
-            self._deliver(range(len(self.hosts)))
+            self._deliver()
+        self.advance()
         finished: dict[int, list[Rollout]] = {}
-        for position, answers in self._groups(prompts, sampling):
+        for position, answers in Generation(self, prompts, sampling, chunk).answers():
             finished[position] = [_rollout(prompts[position], sample, answer, self.version) for sample, answer in enumerate(answers)]
             members = range(position - position % chunk, min(position - position % chunk + chunk, len(prompts)))
             if all(member in finished for member in members):
                 yield [rollout for member in members for rollout in finished[member]]
-        if self._sleeps and self._publication is not None:
+        if self._config.sleep_between_phases and self._publication is not None:
             self.call(GeneratorWorker.sleep).result()
+            for worker in self.workers:
+                worker.version = -1
             self._asleep = True
 
-    def _groups(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> Iterator[tuple[int, list[Answer]]]:
-        """Position of a prompt and the answers to it, in the order in which they are complete."""
-        seconds, memory = [0.0] * len(self.hosts), [0] * len(self.hosts)
+    def orders(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Order]:
+        """An order for each prompt, with a number that no other has."""
+        first, self._orders = self._orders, self._orders + len(prompts)
+        seeds = [[sampling_seed(self._seed, prompt.serial, sample) for sample in range(sampling.n)] for prompt in prompts]
+        return [Order(first + place, tuple(Request(prompt.token_ids, seed) for seed in seeds[place])) for place, prompt in enumerate(prompts)]
 
-        def submit(worker: int, positions: Sequence[int]) -> Any:
-            requests = [Request(prompts[p].token_ids, sampling_seed(self._seed, prompts[p].serial, s)) for p in positions for s in range(sampling.n)]
-            return self.hosts[worker].stream.remote(self.role, GeneratorWorker.generate, (requests, sampling, self.version))
+    def capacity(self, sampling: SamplingConfig) -> int:
+        """Prompts that a worker computes at a time."""
+        return max(1, self._config.max_num_seqs // sampling.n)
 
-        shares = [range(len(prompts))[Rank(worker, len(self.hosts), "cpu").share(len(prompts))] for worker in range(len(self.hosts))]
-        streams = {submit(worker, share): (worker, list(share)) for worker, share in enumerate(shares)}
-        left = set(range(len(prompts)))
-        while streams:
-            stream: Any = ray.wait(list(streams), num_returns=1)[0][0]
-            worker, positions = streams[stream]
-            try:
-                timed: Timed = ray.get(next(stream))
-            except StopIteration:
-                del streams[stream]
-                continue
-            except ray.exceptions.RayActorError as death:
-                del streams[stream]
-                self._replace(worker, death)
-                again = [position for position in positions if position in left]
-                streams[submit(worker, again)] = (worker, again)
-                continue
-            seconds[worker] += timed.seconds
-            memory[worker] = timed.memory_bytes
-            self.usage.span([timed])
-            number, answers = timed.value
-            left.discard(positions[number])
-            yield positions[number], answers
-        self.usage.busy_seconds += max(seconds)
-        self.usage.memory_bytes = sum(memory)
+    # --------------------------------------------------------------------------------------------------- metrics
 
-    def _replace(self, worker: int, death: Exception) -> None:
-        """Start a worker in the place of a dead one and bring it to the current version."""
-        self._start_anew(worker, death)
-        if self._publication is None:
-            ray.get(self.hosts[worker].call.remote(self.role, GeneratorWorker.load_checkpoint, (self.version,)))
-        else:
-            self._deliver([worker])
-
-    def _start_anew(self, worker: int, death: Exception) -> None:
-        if self._restarts_left == 0:
-            raise OutOfRestarts(self.role, "generator.restart_limit") from death
-        self._restarts_left -= 1
-        self.restarts += 1
-        logger.warning("generator worker %d died; a new one takes its place and its prompts", worker)
-        self.hosts[worker] = self.cluster.host(self.role, worker)
-        ray.get(self.hosts[worker].build.remote(self.role, self._build, *self._args))
+    def reset_usage(self) -> None:
+        super().reset_usage()
+        self.meter = Meter()
 
     def metrics(self) -> dict[str, float]:
-        """About the last publication and the workers' health."""
+        """About the last publication, and the pool in the step."""
         if not self.received or self._publication is None:
             return {}
         return {
@@ -275,7 +216,87 @@ class Generator(Group[GeneratorWorker]):
             "weights/publish_bytes": float(self._publication.num_bytes),
             "weights/probe_gap": max(r.probe_gap for r in self.received),
             "weights/receive_s": max(r.seconds for r in self.received),
+            "pool/generator/workers": float(self.meter.workers),
+            "pool/generator/joined": float(self.joined),
+            "pool/generator/left": float(self.left),
+            "pool/generator/idle_share": self.meter.idle_share,
+            "pool/generator/queue_depth": self.meter.queue_depth,
         }
+
+
+class Generation:
+    """Some prompts on their way to their answers."""
+
+    def __init__(self, generator: Generator, prompts: Sequence[Prompt], sampling: SamplingConfig, chunk: int) -> None:
+        self.generator, self.sampling = generator, sampling
+        self.orders = generator.orders(prompts, sampling)
+        # Chunk by chunk, so that the first can be scored early; within it the longest prompt first: nothing else is known of how long it takes.
+        longest_first = sorted(range(len(prompts)), key=lambda place: (place // chunk, -len(prompts[place].token_ids)))
+        self.dispatch = Dispatch(longest_first, generator.capacity(sampling))
+        self.calls: dict[Any, Worker] = {}
+        self.seconds: dict[int, float] = {}
+        """Worker -> seconds that it computed."""
+
+    def answers(self) -> Iterator[tuple[int, list[Answer]]]:
+        """Position of a prompt and the answers to it, in the order in which they are complete."""
+        now = time.monotonic()
+        try:
+            while self.dispatch.open:
+                self._hand_out()
+                refs = [*self.calls, *self.generator.on_their_way, *self.generator._loading]
+                done, _ = ray.wait(refs, num_returns=1, timeout=POLL_SECONDS)
+                for call in [call for call in done if call in self.calls]:
+                    yield from self._take(call)
+                before, now = now, time.monotonic()
+                self.generator.meter.passed(now - before, len(self.generator.able), self.dispatch.queue_depth)
+        finally:
+            self._end()
+
+    def _hand_out(self) -> None:
+        """Everybody comes, goes and is told what to do."""
+        generator, dispatch = self.generator, self.dispatch
+        generator.advance(busy={worker.number for worker in generator.workers if dispatch.holds(worker.number)})
+        generator.bring_up_to_date()
+        for worker in generator.workers:
+            if worker.leaving:
+                dispatch.take_back(worker.number)
+        dispatch.balance([worker.number for worker in generator.able], time.monotonic())
+        for worker in generator.workers:
+            while list(self.calls.values()).count(worker) < CALLS_AHEAD and dispatch.has_work(worker.number):
+                self._call(worker)
+
+    def _call(self, worker: Worker) -> None:
+        told = self.dispatch.orders(worker.number)
+        orders, dropped = [self.orders[position] for position in told.new], [self.orders[position].number for position in told.dropped]
+        call = worker.host.call.remote(self.generator.role, GeneratorWorker.work, (orders, dropped, self.sampling, self.generator.version))
+        self.calls[call] = worker
+
+    def _take(self, call: Any) -> Iterator[tuple[int, list[Answer]]]:
+        """The answers that a call has brought and nobody has given before."""
+        worker = self.calls.pop(call)
+        try:
+            timed: Timed = ray.get(call)
+        except ray.exceptions.RayActorError as death:
+            self.dispatch.lost(worker.number)
+            if worker in self.generator.workers:  # else it has left, or its other call has said so
+                self.generator.replace(worker, death)
+            return
+        self.seconds[worker.number] = self.seconds.get(worker.number, 0.0) + timed.seconds
+        worker.memory_bytes = timed.memory_bytes
+        self.generator.usage.span([timed])
+        self.generator.meter.busy += timed.seconds
+        for number, answers in timed.value:
+            position = number - self.orders[0].number
+            if self.dispatch.finish(worker.number, position, time.monotonic()):
+                yield position, answers
+
+    def _end(self) -> None:
+        """Count, and have workers forget what they were asked for and is not needed."""
+        numbers = [order.number for order in self.orders]
+        for worker in set(self.calls.values()) & set(self.generator.workers):
+            worker.host.call.remote(self.generator.role, GeneratorWorker.drop, (numbers,))
+        self.generator.usage.busy_seconds += max(self.seconds.values(), default=0.0)
+        self.generator.usage.memory_bytes = sum(worker.memory_bytes for worker in self.generator.workers)
 
 
 def _rollout(prompt: Prompt, sample: int, answer: Answer, version: int) -> Rollout:

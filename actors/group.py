@@ -11,7 +11,7 @@ import os
 import socket
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
@@ -112,13 +112,6 @@ class RankHost:
         began, start = time.time(), time.perf_counter()
         value = method(self.roles[role], *values)
         return Timed(value, began, time.perf_counter() - start, psutil.Process().memory_info().rss)
-
-    def stream(self, role: str, method: Callable[..., Iterator[Any]], args: tuple[Any, ...]) -> Iterator[Timed]:
-        """Run a method that yields; each value travels as soon as it is there, with the seconds since the one before it."""
-        began, start = time.time(), time.perf_counter()
-        for value in method(self.roles[role], *args):
-            yield Timed(value, began, time.perf_counter() - start, psutil.Process().memory_info().rss)
-            began, start = time.time(), time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -292,6 +285,11 @@ class Group(Generic[R]):
     def scatter(self, method: Callable[[R, A], T], batch: A, join: Callable[[list[T]], T]) -> Pending[T]:
         """The method on every rank, each of which takes its share of the rows of `batch`; results are joined in rank order."""
         return self.each(method, [(batch,)] * len(self.hosts)).then(join)
+
+    @property
+    def changes(self) -> int:
+        """How often processes of this role have come or gone since the first were there."""
+        return self.restarts
 
     def device_name(self) -> str:
         return str(ray.get(self.hosts[0].device_name.remote()))

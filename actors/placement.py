@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.group import RankHost
 from actors.preflight import PlacementError, bundle, preflight
 from actors.watchdog import end_hung
-from minigpt_ray.config import AnyReward, ModelReward, PlacementConfig, RolePlacement
+from minigpt_ray.config import AnyPlacement, AnyReward, GeneratorPlacement, ModelReward, PlacementConfig, RolePlacement
 from minigpt_ray.flops import cpu_peak_flops, gpu_peak_flops
 
 logger = logging.getLogger(__name__)
@@ -51,14 +51,14 @@ def environment(threads: int) -> dict[str, Any]:
     }
 
 
-def roles_of(config: PlacementConfig, rewards: Mapping[str, AnyReward], critic: bool = True) -> dict[str, RolePlacement]:
+def roles_of(config: PlacementConfig, rewards: Mapping[str, AnyReward], critic: bool = True) -> dict[str, AnyPlacement]:
     """The roles of a PPO job, with or without a critic, that have processes of their own; the others live in theirs."""
     learners = {"policy": config.policy, **({"critic": config.critic} if critic else {})}
-    roles = {"generator": config.generator, **learners, "reference": config.reference, **_reward_roles(config, rewards)}
+    roles: dict[str, AnyPlacement] = {"generator": config.generator, **learners, "reference": config.reference, **_reward_roles(config, rewards)}
     return {name: role for name, role in roles.items() if config.home(name) == name}
 
 
-def roles_of_evaluation(config: PlacementConfig, rewards: Mapping[str, AnyReward]) -> dict[str, RolePlacement]:
+def roles_of_evaluation(config: PlacementConfig, rewards: Mapping[str, AnyReward]) -> dict[str, AnyPlacement]:
     """The roles of an evaluation job."""
     return {"generator": config.generator, **_reward_roles(config, rewards)}
 
@@ -66,6 +66,19 @@ def roles_of_evaluation(config: PlacementConfig, rewards: Mapping[str, AnyReward
 def _reward_roles(config: PlacementConfig, rewards: Mapping[str, AnyReward]) -> dict[str, RolePlacement]:
     models = sum(isinstance(source, ModelReward) for source in rewards.values())
     return {"rewards": RolePlacement(), **{f"reward_model_{i}": config.reward_model for i in range(models)}}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Room for one process: a bundle of a placement group."""
+
+    group: PlacementGroup
+    bundle: int
+    made: Any
+    """Reference that is there once the cluster has made the room."""
+
+    def is_there(self) -> bool:
+        return bool(ray.wait([self.made], timeout=0)[0])
 
 
 @dataclass
@@ -80,26 +93,57 @@ class Started:
 class Cluster:
     """The Ray cluster while a job runs: checks that the request fits, then starts hosts where their bundles are."""
 
-    def __init__(self, config: PlacementConfig, roles: Mapping[str, RolePlacement], memory: Mapping[str, float] | None = None) -> None:
+    def __init__(self, config: PlacementConfig, roles: Mapping[str, AnyPlacement], memory: Mapping[str, float] | None = None) -> None:
         """memory: estimated GiB of one rank, on its GPU or in its host, of those roles of which it is known."""
         self.config, self.roles = config, roles
         self._started: dict[str, Started] = {}
-        own = connect(config.address, cpus=sum(r.ranks * r.cpus for r in roles.values()))
+        self._groups: set[PlacementGroup] = set()
+        rooms = [(r.room if isinstance(r, GeneratorPlacement) else r.ranks) * r.cpus for r in roles.values()]
+        own = connect(config.address, cpus=sum(rooms))
         preflight(roles, memory if config.check_memory else None, OWN_SECONDS if own else config.wait_seconds)
-        self._groups = {name: self._reserve(name, role, config.strategy) for name, role in roles.items()}
+        self._places = {name: self._reserve(name, role.ranks) for name, role in roles.items()}
 
-    def _reserve(self, name: str, role: RolePlacement, strategy: str) -> PlacementGroup:
-        needs, labels = [bundle(role)] * role.ranks, [role.labels] * role.ranks
-        group = placement_group(needs, strategy=strategy.upper(), name=name, bundle_label_selector=labels)
-        if not group.wait(60):
-            raise PlacementError(f"placement.{name}: no node has room for {role.ranks} x {bundle(role)}; see `ray status`")
+    def _reserve(self, name: str, ranks: int) -> list[Place]:
+        """Places for all processes of a role; those of a pool have a placement group each, since they are given back one by one."""
+        role = self.roles[name]
+        sizes = [1] * ranks if isinstance(role, GeneratorPlacement) else [ranks]
+        groups = [self._group(name, size) for size in sizes]
+        if not all(group.wait(60) for group in groups):
+            raise PlacementError(f"placement.{name}: no node has room for {ranks} x {bundle(role)}; see `ray status`")
+        return [Place(group, bundle, group.ready()) for group, size in zip(groups, sizes, strict=True) for bundle in range(size)]
+
+    def _group(self, name: str, size: int) -> PlacementGroup:
+        role = self.roles[name]
+        needs, labels = [bundle(role)] * size, [role.labels] * size
+        group = placement_group(needs, strategy=self.config.strategy.upper(), name=name, bundle_label_selector=labels)
+        self._groups.add(group)
         return group
+
+    def needs(self, name: str) -> dict[str, float]:
+        """What one process of a role takes of a node."""
+        return bundle(self.roles[name])
+
+    def place(self, name: str) -> Place:
+        """Room for one more process of a pool: reserved and free, or else asked for, and there once the cluster has it."""
+        if self._places[name]:
+            return self._places[name].pop(0)
+        group = self._group(name, 1)
+        return Place(group, 0, group.ready())
+
+    def keep(self, name: str, place: Place) -> None:
+        """A place of a pool is free, and stays reserved."""
+        self._places[name].append(place)
+
+    def give_back(self, place: Place) -> None:
+        """A place of a pool is not needed any more; what still runs in it ends."""
+        remove_placement_group(place.group)
+        self._groups.discard(place.group)
 
     def hosts(self, role: str, form_group: bool) -> list[Any]:
         """The processes of a role, started now unless a role that shares them has; with `form_group` they join one process group."""
         name = role if role in self.roles else self.config.home(role)
         if name not in self._started or role in self._started[name].tenants:  # a role that comes again has ended its processes
-            self._started[name] = Started([self.host(name, index) for index in range(self.roles[name].ranks)])
+            self._started[name] = Started([self.host(name, index, place) for index, place in enumerate(self._places[name])])
         started = self._started[name]
         started.tenants.add(role)
         if form_group and not started.joined:
@@ -109,15 +153,15 @@ class Cluster:
             started.joined = True
         return list(started.hosts)
 
-    def host(self, name: str, index: int) -> Any:
-        """Start process `index` of a role in its bundle of the reservation."""
+    def host(self, name: str, index: int, place: Place) -> Any:
+        """Start process `index` of a role in its place."""
         check_own_node()
         role = self.roles[name]
         actor = ray.remote(RankHost).options(
             num_cpus=role.cpus,
             num_gpus=role.gpus,
             resources=role.resources,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self._groups[name], placement_group_bundle_index=index),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(place.group, placement_group_bundle_index=place.bundle),
             runtime_env=environment(role.cpus),
         )
         return actor.remote(index, role.ranks, role.cpus)
@@ -128,7 +172,7 @@ class Cluster:
 
     def close(self) -> None:
         """Give the reservations back; the processes in them end."""
-        for group in self._groups.values():
+        for group in self._groups:
             remove_placement_group(group)
 
     def __enter__(self) -> "Cluster":
@@ -138,7 +182,7 @@ class Cluster:
         self.close()
 
 
-def peak_flops(roles: Mapping[str, RolePlacement], device_name: str) -> float:
+def peak_flops(roles: Mapping[str, AnyPlacement], device_name: str) -> float:
     """FLOP/s that all devices of the roles can do together: GPUs where there are any, else this machine's cores."""
     gpus = sum(role.ranks * role.gpus for role in roles.values())
     if gpus:

@@ -17,7 +17,7 @@ import ray
 from ray._private.state import available_resources_per_node
 from ray.autoscaler.sdk import request_resources
 
-from minigpt_ray.config import RolePlacement
+from minigpt_ray.config import AnyPlacement
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Node:
     gpu_gib: float | None
     """Memory of one GPU, None where it is not known."""
 
-    def take(self, role: RolePlacement, gib: float) -> bool:
+    def take(self, role: AnyPlacement, gib: float) -> bool:
         """Put a rank here, if it fits. `gib`: of its GPU, or of the host where it has none; 0 where it is not known."""
         needs = bundle(role)
         host = 0.0 if role.gpus else gib
@@ -61,7 +61,7 @@ class Node:
         return True
 
 
-def bundle(role: RolePlacement) -> dict[str, float]:
+def bundle(role: AnyPlacement) -> dict[str, float]:
     """What one process of a role takes of a node."""
     return {"CPU": float(role.cpus), **({"GPU": float(role.gpus)} if role.gpus else {}), **role.resources}
 
@@ -89,14 +89,14 @@ def living_nodes() -> list[Node]:
     ]
 
 
-def room(roles: Mapping[str, RolePlacement], memory: Mapping[str, float], nodes: list[Node]) -> dict[str, int]:
+def room(roles: Mapping[str, AnyPlacement], memory: Mapping[str, float], nodes: list[Node]) -> dict[str, int]:
     """For how many ranks of each role there is room, those that need most being placed first. Uses up `nodes`."""
     order = sorted(roles, key=lambda name: (roles[name].gpus, roles[name].cpus, memory.get(name, 0.0)), reverse=True)
     found = {name: sum(any(node.take(roles[name], memory.get(name, 0.0)) for node in nodes) for _ in range(roles[name].ranks)) for name in order}
     return {name: found[name] for name in roles}
 
 
-def preflight(roles: Mapping[str, RolePlacement], memory: Mapping[str, float] | None = None, wait_seconds: float = SAY_EVERY_SECONDS) -> None:
+def preflight(roles: Mapping[str, AnyPlacement], memory: Mapping[str, float] | None = None, wait_seconds: float = SAY_EVERY_SECONDS) -> None:
     """Return when there is room for all roles; raise PlacementError, with a table of what is asked and what is there, after `wait_seconds`.
 
     memory: estimated GiB of one rank of a role, on its GPU or, without one, in its host; roles that are not in it are not compared.
@@ -111,7 +111,7 @@ def preflight(roles: Mapping[str, RolePlacement], memory: Mapping[str, float] | 
         request_resources(bundles=[])
 
 
-def _wait(roles: Mapping[str, RolePlacement], memory: Mapping[str, float], seconds: float) -> None:
+def _wait(roles: Mapping[str, AnyPlacement], memory: Mapping[str, float], seconds: float) -> None:
     end = time.monotonic() + seconds
     say = -math.inf
     while (shortage := _shortage(roles, memory)) is not None:
@@ -125,7 +125,7 @@ def _wait(roles: Mapping[str, RolePlacement], memory: Mapping[str, float], secon
         time.sleep(min(0.5, left))
 
 
-def _shortage(roles: Mapping[str, RolePlacement], memory: Mapping[str, float]) -> str | None:
+def _shortage(roles: Mapping[str, AnyPlacement], memory: Mapping[str, float]) -> str | None:
     """What is missing, in words; None when there is room."""
     missing = {name: (found, roles[name].ranks) for name, found in room(roles, memory, living_nodes()).items() if found < roles[name].ranks}
     if not missing:
@@ -145,7 +145,7 @@ def _shortage(roles: Mapping[str, RolePlacement], memory: Mapping[str, float]) -
     return f"{where} on any node"
 
 
-def _table(roles: Mapping[str, RolePlacement], memory: Mapping[str, float]) -> list[str]:
+def _table(roles: Mapping[str, AnyPlacement], memory: Mapping[str, float]) -> list[str]:
     """Asked, role by role, and free, node by node."""
     nodes = living_nodes()
     lines = [f"    {node.address:<16} free: {_amounts(node.free)}, {node.gib:.1f} GiB{_labels(node.labels)}" for node in nodes[:LONGEST_TABLE]]

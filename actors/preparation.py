@@ -15,7 +15,7 @@ from actors.placement import roles_of
 from actors.reward_sources import check_sources
 from minigpt_ray.checkpoint import Checkpoints
 from minigpt_ray.cli import resolved, write_resolved
-from minigpt_ray.config import ModelReward, PPOConfig, RolePlacement, SupervisedConfig, VerifierReward
+from minigpt_ray.config import AnyPlacement, ModelReward, PPOConfig, SupervisedConfig, VerifierReward
 from minigpt_ray.data.prompts import PromptSet, encode_prompts, read_prompts
 from minigpt_ray.data.rows import Row
 from minigpt_ray.flops import PPOShapes
@@ -54,7 +54,7 @@ class Preparation:
         self.held_out = encode_prompts(config.evaluation.data, held_out, self.tokenizer).prompts[: config.evaluation.num_prompts]
 
     @property
-    def roles(self) -> dict[str, RolePlacement]:
+    def roles(self) -> dict[str, AnyPlacement]:
         return roles_of(self.config.placement, self.config.rewards, self.config.algorithm.uses_critic)
 
     @property

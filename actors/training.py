@@ -19,6 +19,7 @@ from minigpt_ray.cli import write_resolved
 from minigpt_ray.data.prompts import PromptStream
 from minigpt_ray.flops import ppo_step_flops
 from minigpt_ray.rl.experience import RolloutBatch, TrainingState
+from minigpt_ray.scaling import Requests
 from minigpt_ray.tracking import Rates, Timer, Tracker
 
 
@@ -34,9 +35,11 @@ class Training:
         self.ready, self.config, self.tracker = ready, ready.config, tracker
         self.generator, self.policy, self.critic = generator, policy, critic
         self.roles: list[Group] = [generator, policy, critic, *others]
+        generator.obey(Requests(ready.directory), tracker.message)
         for role in self.roles:
             role.ready()
-        self.rates = Rates(self.config.steps, peak_flops(ready.roles, policy.device_name()))
+        self._device = policy.device_name()
+        self.rates = Rates(self.config.steps, self._peak_flops(self.config.placement.generator.workers))
         self._rewinds_left = self.config.restart_limit
         self._changing = self._asked_to_end = False
         self._restore(ready.start)
@@ -54,7 +57,7 @@ class Training:
 
     def _write_processes(self) -> None:
         """Keep processes.json up to date: which process of which host is which rank of which role."""
-        self._restarts_written = sum(role.restarts for role in self.roles)
+        self._changes_written = sum(role.changes for role in self.roles)
         roles = {role.role: role.whereabouts() for role in self.roles}
         write_json_atomic(self.ready.directory / "processes.json", {"driver": os.getpid(), "roles": roles})
 
@@ -97,9 +100,15 @@ class Training:
         """From here to the end of the step the models stand between two steps."""
         self._changing = True
 
+    def _peak_flops(self, workers: int) -> float:
+        """Of all devices, with so many generator workers."""
+        pool = self.config.placement.generator.model_copy(update={"workers": workers})
+        return peak_flops({**self.ready.roles, "generator": pool}, self._device)
+
     def metrics(self, state: TrainingState, batch: RolloutBatch, learnt: Sequence[Mapping[str, float]], timer: Timer) -> dict[str, float]:
         """Progress, rates, and what every role was doing in the step that led to `state`; `learnt` is what policy and critic say of their updates."""
         seconds = sum(s for name, s in timer.seconds.items() if "/" not in name)
+        self.rates.peak_flops = self._peak_flops(self.generator.meter.workers)
         updates_per_epoch = self.config.updates_per_step / self.config.algorithm.ppo_epochs
         policy_epochs, critic_epochs = (said.get(f"{role}/updates", 0.0) / updates_per_epoch for role, said in zip(("policy", "critic"), learnt, strict=True))
         flops = ppo_step_flops(self.ready.shapes, batch.prompt_lengths.tolist(), batch.lengths.tolist(), policy_epochs, critic_epochs)
@@ -119,7 +128,7 @@ class Training:
         self.state = replace(state, prompts_drawn=self.prompts.drawn, epoch=self.prompts.epoch)
         if state.step % self.config.checkpoint.every == 0 or state.step == self.config.steps:
             self._save()
-        if sum(role.restarts for role in self.roles) != self._restarts_written:
+        if sum(role.changes for role in self.roles) != self._changes_written:
             self._write_processes()
         self._end_change()
 

@@ -1,6 +1,6 @@
 """A generator engine on transformers alone: for unit tests and platforms without vLLM. Slower, same contract."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from actors.generator import Completion, Request
+from actors.generator_worker import Completion, Key, Request
 from minigpt_ray.config import GeneratorConfig, SamplingConfig
 from minigpt_ray.models import TokenLogprobs, load_causal
 from minigpt_ray.tokenizer import load_tokenizer
@@ -24,11 +24,25 @@ class TransformersEngine:
         self.model: PreTrainedModel = load_causal(path, config.dtype).eval().to(self.device)
         self.tokenizer = load_tokenizer(path)
         self.batch_size = config.max_num_seqs
+        self._waiting: dict[Key, tuple[Request, SamplingConfig]] = {}
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[tuple[int, Completion]]:
-        """A completion for each request, with the request's index, batch by batch."""
-        for start in range(0, len(requests), self.batch_size):
-            yield from enumerate(self._generate(requests[start : start + self.batch_size], sampling), start)
+    def submit(self, key: Key, request: Request, sampling: SamplingConfig) -> None:
+        """Take a request; it is begun after those that came before it."""
+        self._waiting[key] = request, sampling
+
+    def step(self) -> list[tuple[Key, Completion]]:
+        """Answer one batch of those that came first and have the same sampling."""
+        sampling = next((asked for _, asked in self._waiting.values()), None)
+        keys = [key for key, (_, asked) in self._waiting.items() if asked == sampling][: self.batch_size]
+        if sampling is None:
+            return []
+        requests = [self._waiting.pop(key)[0] for key in keys]
+        return list(zip(keys, self._generate(requests, sampling), strict=True))
+
+    def cancel(self, keys: Sequence[Key]) -> None:
+        """Forget requests; a batch is never left unfinished, so none has been begun."""
+        for key in keys:
+            self._waiting.pop(key, None)
 
     @torch.no_grad()
     def _generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> list[Completion]:

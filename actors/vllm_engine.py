@@ -15,7 +15,7 @@ from vllm.inputs import TokensPrompt
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
-from actors.generator import Completion, Request
+from actors.generator_worker import Completion, Key, Request
 from minigpt_ray.config import GeneratorConfig, SamplingConfig
 
 # With oneDNN, vLLM on CPU packs linear weights into a private format, and a tied output head keeps the packed copy of
@@ -76,31 +76,31 @@ class VLLMEngine:
         )
         self.eos_token_id = self.llm.get_tokenizer().eos_token_id
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[tuple[int, Completion]]:
-        """A completion for each request, with the request's index, in the order in which they end."""
-        engine = self.llm.llm_engine
-        for index, request in enumerate(requests):
-            parameters = SamplingParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                min_p=sampling.min_p,
-                max_tokens=sampling.max_tokens,
-                stop=list(sampling.stop),
-                seed=request.seed,
-                logprobs=0,
-                flat_logprobs=True,
-                detokenize=bool(sampling.stop),
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
-            engine.add_request(str(index), TokensPrompt(prompt_token_ids=request.token_ids.tolist()), parameters)
-        try:
-            while engine.has_unfinished_requests():
-                for output in engine.step():
-                    assert isinstance(output, RequestOutput)
-                    yield int(output.request_id), _completion(output)
-        finally:  # nothing is left for the next call when this one is given up
-            engine.abort_request([str(index) for index in range(len(requests))])
+    def submit(self, key: Key, request: Request, sampling: SamplingConfig) -> None:
+        """Take a request; it is begun after those that came before it."""
+        parameters = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            max_tokens=sampling.max_tokens,
+            stop=list(sampling.stop),
+            seed=request.seed,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=bool(sampling.stop),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        self.llm.llm_engine.add_request(_name(key), TokensPrompt(prompt_token_ids=request.token_ids.tolist()), parameters)
+
+    def step(self) -> list[tuple[Key, Completion]]:
+        """One forward pass of all sequences in flight; the requests that have ended."""
+        outputs = self.llm.llm_engine.step()
+        return [(_key(output.request_id), _completion(output)) for output in outputs if isinstance(output, RequestOutput)]
+
+    def cancel(self, keys: Sequence[Key]) -> None:
+        """Forget requests, begun or not."""
+        self.llm.llm_engine.abort_request([_name(key) for key in keys])
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Replace weights in place; what was cached for the old ones is dropped."""
@@ -138,6 +138,15 @@ def _chunks(tensors: Iterable[tuple[str, Tensor]], chunk_bytes: int) -> Iterator
             chunk = []
     if chunk:
         yield chunk
+
+
+def _name(key: Key) -> str:
+    return f"{key[0]}-{key[1]}"
+
+
+def _key(name: str) -> Key:
+    number, sample = name.split("-")
+    return int(number), int(sample)
 
 
 def _completion(output: RequestOutput) -> Completion:

@@ -117,10 +117,10 @@ class VLLM(Context):
     def answer(self, prompt: list[int], write: Callable[[str], object]) -> str:
         import numpy as np
 
-        from actors.generator import Request
+        from actors.generator_worker import Request, complete
 
         self.seed += 1  # else the same question would have the same answer
-        ((_, completion),) = self.engine.generate([Request(np.array(prompt, np.int32), self.seed)], self.sampling)
+        (completion,) = complete(self.engine, [Request(np.array(prompt, np.int32), self.seed)], self.sampling)
         text = str(self.tokenizer.decode(completion.token_ids, skip_special_tokens=True))
         write(text)
         return text

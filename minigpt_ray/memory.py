@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minigpt_ray.config import (
+    AnyPlacement,
     EngineConfig,
     EvaluateConfig,
     GeneratePreferencesConfig,
@@ -41,7 +42,7 @@ class RoleMemory:
     """One role: its processes, its model, and the GiB that one rank needs, by what they are for."""
 
     name: str
-    placement: RolePlacement
+    placement: AnyPlacement
     parameters: int | None
     """Of the whole model; None where it is unknown or the role has none."""
     parts: dict[str, float]
@@ -179,19 +180,19 @@ def _generator(config: PPOConfig | EvaluateConfig | GeneratePreferencesConfig, i
     return _known("generator", placement, parameters, weights | logits | cache, _cache_note(generator, placement))
 
 
-def _cache(generator: GeneratorConfig, placement: RolePlacement, shape: ModelShape, tokens: int) -> float:
+def _cache(generator: GeneratorConfig, placement: AnyPlacement, shape: ModelShape, tokens: int) -> float:
     if generator.backend == "vllm" and not placement.gpus:
         return float(generator.kv_cache_mib * 2**20)
     return float(cache_bytes(shape, tokens, generator.dtype))
 
 
-def _cache_note(generator: GeneratorConfig, placement: RolePlacement) -> str:
+def _cache_note(generator: GeneratorConfig, placement: AnyPlacement) -> str:
     if generator.backend == "vllm" and placement.gpus:
         return f"at the longest sequences; vLLM takes {generator.gpu_memory_utilization:.0%} of each GPU and queues what does not fit"
     return ""
 
 
-def _known(name: str, placement: RolePlacement, parameters: int, parts: dict[str, float], note: str = "") -> RoleMemory:
+def _known(name: str, placement: AnyPlacement, parameters: int, parts: dict[str, float], note: str = "") -> RoleMemory:
     process = GPU_CONTEXT_GIB if placement.gpus else PROCESS_GIB.get(name, OTHER_PROCESS_GIB)
     return RoleMemory(name, placement, parameters, {part: size / GIB for part, size in parts.items()} | {"process": process}, note)
 
@@ -201,7 +202,7 @@ def _in_processes_of(home: str, role: RoleMemory) -> RoleMemory:
     return replace(role, parts=parts, note="; ".join(filter(None, [role.note, f"in the processes of {home}"])), own_processes=False)
 
 
-def _unknown(name: str, placement: RolePlacement, init_from: str) -> RoleMemory:
+def _unknown(name: str, placement: AnyPlacement, init_from: str) -> RoleMemory:
     return RoleMemory(name, placement, None, {}, f"unknown until the model exists on this machine ({init_from})")
 
 

@@ -69,12 +69,14 @@ class Rates:
     last_step: int
     """Where the run ends."""
     peak_flops: int | float
-    """FLOP/s that all devices used could do together."""
+    """FLOP/s that all devices used could do together; set anew when they become more or fewer."""
     steps: int = 0
     seconds: float = 0.0
     tokens: int = 0
     samples: int = 0
     flops: float = 0.0
+    possible: float = 0.0
+    """FLOPs that the devices could have done."""
 
     def step(self, step: int, seconds: float, tokens: int, samples: int, flops: int | float) -> dict[str, float]:
         """Rates after `step`, which took `seconds` for `tokens` tokens, `samples` samples and `flops` useful FLOPs.
@@ -86,17 +88,18 @@ class Rates:
         self.tokens += tokens
         self.samples += samples
         self.flops += flops
-        now = self._rates(1, seconds, tokens, samples, flops)
-        average = self._rates(self.steps, self.seconds, self.tokens, self.samples, self.flops)
+        self.possible += seconds * self.peak_flops
+        now = self._rates(1, seconds, tokens, samples, flops / (seconds * self.peak_flops))
+        average = self._rates(self.steps, self.seconds, self.tokens, self.samples, self.flops / self.possible)
         left = (self.last_step - step) * self.seconds / self.steps / 60
         return now | {f"{name}_avg": value for name, value in average.items()} | {"train/eta_minutes": left, "system/epoch_time": left}
 
-    def _rates(self, steps: int, seconds: float, tokens: int, samples: int, flops: int | float) -> dict[str, float]:
+    def _rates(self, steps: int, seconds: float, tokens: int, samples: int, used: float) -> dict[str, float]:
         return {
             "train/tokens_per_second": tokens / seconds,
             "train/samples_per_second": samples / seconds,
             "train/steps_per_second": steps / seconds,
-            "train/mfu_percent": 100 * flops / (seconds * self.peak_flops),
+            "train/mfu_percent": 100 * used,
         }
 
 

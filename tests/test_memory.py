@@ -80,7 +80,7 @@ def test_before_the_model_exists_the_memory_is_unknown(tmp_path):
 @pytest.mark.parametrize("root", [PPOConfig, EvaluateConfig])
 def test_dry_run_ends_with_the_placement_table(root, run, capsys):
     with pytest.raises(SystemExit) as caught:
-        load_config(root, [*run, "--dry-run", "placement.generator.ranks=3"])
+        load_config(root, [*run, "--dry-run", "placement.generator.workers=3"])
     out = capsys.readouterr().out
     assert caught.value.code == 0
     assert "Placement" in out and "generator" in out and f"{find_shape('sft', Path(run[1].removeprefix('output_dir=')) / 'demo').num_parameters():,}" in out

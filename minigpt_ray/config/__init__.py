@@ -23,7 +23,7 @@ from minigpt_ray.config.evaluate import EvaluateConfig, ServeRewardConfig
 from minigpt_ray.config.generate_preferences import GeneratePreferencesConfig
 from minigpt_ray.config.mix import AnySource, DatasetConfig, FileSource, FiltersConfig, HubSource, MixConfig, TaskSource
 from minigpt_ray.config.pipeline import PipelineConfig, StageConfig
-from minigpt_ray.config.placement import GeneratorPlacement, PlacementConfig, RolePlacement
+from minigpt_ray.config.placement import AnyPlacement, GeneratorPlacement, PlacementConfig, RolePlacement
 from minigpt_ray.config.ppo import EvaluationConfig, PPOConfig
 from minigpt_ray.config.rewards import AnyReward, CalledReward, FunctionReward, HttpReward, ModelReward, RewardSource, VerifierReward
 from minigpt_ray.config.roles import CriticConfig, GeneratorConfig, LearnerConfig, PolicyConfig, ReferenceConfig, WeightsConfig
@@ -42,6 +42,7 @@ from minigpt_ray.config.supervised import (
 
 __all__ = [
     "AlgorithmConfig",
+    "AnyPlacement",
     "AnyReward",
     "AnySource",
     "CalledReward",

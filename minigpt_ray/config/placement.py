@@ -7,33 +7,64 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from minigpt_ray.config.base import Config
 
 
-class RolePlacement(Config):
-    """Processes of one role."""
+class ProcessPlacement(Config):
+    """What one process of a role has."""
 
-    ranks: PositiveInt = 1
-    """Processes (for the generator: workers)."""
     cpus: PositiveInt = 1
-    """CPUs, and compute threads, of one rank."""
+    """CPUs, and compute threads, of one process."""
     gpus: float = Field(default=0, ge=0)
-    """GPUs of one rank; a fraction shares a GPU. More than one is for the generator's tensor parallel alone."""
+    """GPUs of one process; a fraction shares a GPU. More than one is for the generator's tensor parallel alone."""
     resources: dict[str, PositiveFloat] = {}
-    """Custom resources of one rank, as nodes were given them: `{learner: 1}` after `ray start --resources='{"learner": 4}'`."""
+    """Custom resources of one process, as nodes were given them: `{learner: 1}` after `ray start --resources='{"learner": 4}'`."""
     labels: dict[str, str] = {}
-    """Labels that a node must have to hold a rank, by Ray's selectors: `{role: learner}` after `ray start --labels=role=learner`, `{ray.io/accelerator-type: "in(H100, H200)"}`, `{zone: "!a"}`."""
+    """Labels that a node must have to hold a process, by Ray's selectors: `{role: learner}` after `ray start --labels=role=learner`, `{ray.io/accelerator-type: "in(H100, H200)"}`, `{zone: "!a"}`."""
 
     @model_validator(mode="after")
-    def _custom_resources(self) -> "RolePlacement":
+    def _custom_resources(self) -> "ProcessPlacement":
         for name in self.resources:
             if name in ("CPU", "GPU", "memory", "object_store_memory"):
                 raise ValueError(f"resources names {name}, which is none of the custom ones; use cpus or gpus")
         return self
 
 
-class GeneratorPlacement(RolePlacement):
-    """Processes of the generator."""
+class RolePlacement(ProcessPlacement):
+    """Processes of one role."""
 
+    ranks: PositiveInt = 1
+    """Processes."""
+
+
+class GeneratorPlacement(ProcessPlacement):
+    """Processes of the generator, a pool: workers come and go while the job runs."""
+
+    workers: PositiveInt = 1
+    """Workers that the job starts with; `python -m jobs.scale RUN_DIR generator=4` changes it in a running job."""
+    min_workers: PositiveInt = 1
+    """Fewest workers that may be asked for."""
+    max_workers: PositiveInt | None = None
+    """Most workers that may be asked for, null: as many as the cluster holds. A Ray that the job starts by itself on this machine has room for so many."""
+    autoscale: bool = False
+    """Between min_workers and max_workers: a worker more after a step in which prompts waited for one, a worker less after three in which half the pool had nothing to do."""
     tensor_parallel: PositiveInt = 1
     """GPUs over which one worker's model is split."""
+
+    @property
+    def ranks(self) -> int:
+        """Processes when the job starts."""
+        return self.workers
+
+    @property
+    def room(self) -> int:
+        """Processes for which a Ray of the job's own has room."""
+        return self.workers if self.max_workers is None else self.max_workers
+
+    @model_validator(mode="after")
+    def _workers_within_bounds(self) -> "GeneratorPlacement":
+        if self.autoscale and self.max_workers is None:
+            raise ValueError("autoscale=true needs a bound, but max_workers=null; set max_workers")
+        if not self.min_workers <= self.workers <= self.room:
+            raise ValueError(f"workers={self.workers} is not between min_workers={self.min_workers} and max_workers={self.max_workers}; change one of them")
+        return self
 
     @model_validator(mode="after")
     def _a_gpu_for_each_part(self) -> "GeneratorPlacement":
@@ -42,6 +73,9 @@ class GeneratorPlacement(RolePlacement):
                 f"gpus={self.gpus:g} does not give every part of tensor_parallel={self.tensor_parallel} one whole GPU; set gpus={self.tensor_parallel} or change tensor_parallel"
             )
         return self
+
+
+AnyPlacement = RolePlacement | GeneratorPlacement
 
 
 class PlacementConfig(Config):

@@ -24,7 +24,7 @@ PROMPTS = [Prompt(i, ({"role": "user", "content": "?"},), np.arange(5, 8 + i % 4
 @pytest.fixture(scope="module")
 def generator(ray_cluster: None, nano: Path) -> Iterator[Generator]:
     """Two workers."""
-    placement = PlacementConfig(generator=GeneratorPlacement(ranks=2))
+    placement = PlacementConfig(generator=GeneratorPlacement(workers=2))
     with Cluster(placement, {"generator": placement.generator}) as cluster:
         generator = Generator(cluster, str(nano), GeneratorConfig(backend="transformers", max_num_seqs=8), 64, 1, seed=3)
         generator.ready()

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LogitsProcessorList, MinPLogitsWarper, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
-from actors.generator import Generator, GeneratorWorker, Request, sampling_seed
+from actors.generator import Generator
+from actors.generator_worker import GeneratorWorker, Order, Request, sampling_seed
 from actors.group import OutOfRestarts, Rank
 from actors.placement import Cluster
 from actors.transformers_engine import filtered_logprobs
@@ -90,7 +91,7 @@ def model(nano: Path) -> PreTrainedModel:
 @pytest.fixture
 def mortal(ray_cluster: None, nano: Path) -> Iterator[Generator]:
     """Two quickly started workers, one of which may be replaced; gone before the module's other workers need the name of the role."""
-    placement = PlacementConfig(generator=GeneratorPlacement(ranks=2))
+    placement = PlacementConfig(generator=GeneratorPlacement(workers=2))
     with Cluster(placement, {"generator": placement.generator}) as cluster:
         generator = Generator(cluster, str(nano), TRANSFORMERS, LIMIT, 1, seed=3, probe_tolerance=TOLERANCE)
         generator.ready()
@@ -119,12 +120,14 @@ def test_a_killed_worker_is_replaced_and_the_tokens_are_the_same(mortal: Generat
     rollouts = mortal.generate(PROMPTS, sampling)
     assert time.perf_counter() - start > 0.5
     timer.join()
+    mortal.ready()  # what the dead worker held went to the other one, and its successor may still be on its way
     assert tokens(rollouts) == tokens(expected)
     assert gap(new, rollouts) < TOLERANCE
     assert all((r.weight_versions == 5).all() for r in rollouts)
     assert pids(mortal)[0] == first and pids(mortal)[1] != second
     assert mortal.usage_metrics(1.0)["restarts/generator"] == 1
 
+    mortal.receive(published(new, version=6))
     kill(mortal, 0)
     with pytest.raises(OutOfRestarts, match=r"processes of generator died more often than generator\.restart_limit allows"):
         mortal.generate(PROMPTS, sampling)
@@ -136,7 +139,7 @@ def test_a_killed_worker_is_replaced_and_the_tokens_are_the_same(mortal: Generat
 @pytest.fixture(scope="module")
 def two_workers(ray_cluster: None, nano: Path) -> Iterator[Generator]:
     """Two vLLM workers, as PPO starts them."""
-    placement = PlacementConfig(generator=GeneratorPlacement(ranks=2))
+    placement = PlacementConfig(generator=GeneratorPlacement(workers=2))
     with Cluster(placement, {"generator": placement.generator}) as cluster:
         generator = Generator(cluster, str(nano), VLLM, LIMIT, 1, seed=3, probe_tolerance=TOLERANCE)
         generator.ready()
@@ -181,9 +184,11 @@ def test_a_llama_export_loads_as_it_is_and_agrees(two_workers: Generator, llama:
     host = two_workers.hosts[0]
     ray.get(host.build.remote("llama", GeneratorWorker, *args))
     ray.get(host.call.remote("llama", GeneratorWorker.load_checkpoint, (0,)))
-    requests = [Request(p.token_ids, p.serial) for p in PROMPTS]
+    orders = [Order(i, (Request(p.token_ids, p.serial),)) for i, p in enumerate(PROMPTS)]
     one_each = replace_sampling(SAMPLED, n=1)
-    answers = dict(ray.get(ref).value for ref in host.stream.remote("llama", GeneratorWorker.generate, (requests, one_each, 0)))
+    answers = dict(ray.get(host.call.remote("llama", GeneratorWorker.work, (orders, [], one_each, 0))).value)
+    while len(answers) < len(orders):
+        answers |= dict(ray.get(host.call.remote("llama", GeneratorWorker.work, ([], [], one_each, 0))).value)
     rollouts = [rollout_of(p, answers[i][0].completion.token_ids, answers[i][0].completion.logprobs) for i, p in enumerate(PROMPTS)]
     assert gap(AutoModelForCausalLM.from_pretrained(llama).eval(), rollouts) < TOLERANCE
 
@@ -309,6 +314,8 @@ def test_a_tied_head_that_stays_stale_in_vllm_is_found_by_the_probe(generator: G
     with pytest.raises(WeightsError, match=r"after loading weights version 2 .* a tensor was not applied"):
         generator.receive(stale)
     with pytest.raises(RuntimeError, match="has proved weights version -1 and was asked to generate with 2"):
+        generator.call(GeneratorWorker.work, [], [], SAMPLED, 2).result()
+    with pytest.raises(WeightsError, match="a tensor was not applied"):
         generator.generate(PROMPTS[:2], SAMPLED)
     generator.receive(new)
     assert len(generator.generate(PROMPTS[:2], SAMPLED)) == 4
@@ -334,7 +341,10 @@ def plain(nano: Path) -> GeneratorWorker:
 
 def completed(worker: GeneratorWorker, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Rollout]:
     sampling = replace_sampling(sampling, n=1)
-    answers = dict(worker.generate([Request(p.token_ids, sampling_seed(3, p.serial, 0)) for p in prompts], sampling, 0))
+    orders = [Order(i, (Request(p.token_ids, sampling_seed(3, p.serial, 0)),)) for i, p in enumerate(prompts)]
+    answers = dict(worker.work(orders, [], sampling, 0))
+    while len(answers) < len(prompts):
+        answers |= dict(worker.work([], [], sampling, 0))
     found = [(p, answers[i][0].completion, answers[i][0].text) for i, p in enumerate(prompts)]
     return [replace(rollout_of(p, c.token_ids, c.logprobs), text=text, finish_reason=c.finish_reason) for p, c, text in found]
 

@@ -6,7 +6,6 @@ import time
 import pytest
 import ray
 
-from actors import placement
 from actors.group import RankHost
 from actors.placement import Cluster, environment, peak_flops, roles_of, roles_of_evaluation
 from minigpt_ray.config import FunctionReward, GeneratorPlacement, ModelReward, PlacementConfig, RolePlacement, VerifierReward
@@ -16,7 +15,7 @@ REWARDS = {"verifier": VerifierReward(), "a": MODEL, "function": FunctionReward(
 
 
 def test_every_model_has_its_role_and_functions_share_one() -> None:
-    placement = PlacementConfig(generator=GeneratorPlacement(ranks=3), reward_model=RolePlacement(cpus=2))
+    placement = PlacementConfig(generator=GeneratorPlacement(workers=3), reward_model=RolePlacement(cpus=2))
     roles = roles_of(placement, REWARDS)
     assert list(roles) == ["generator", "policy", "critic", "reference", "rewards", "reward_model_0", "reward_model_1"]
     assert roles["generator"].ranks == 3 and roles["reward_model_1"].cpus == 2

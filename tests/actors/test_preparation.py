@@ -127,7 +127,8 @@ def test_never_does_not_write_over_an_earlier_run(config: Callable[..., PPOConfi
 
 
 @pytest.mark.parametrize(
-    "override", ["steps=900", "logging.every=5", "checkpoint.keep=7", "generator.restart_limit=9", "placement.generator.ranks=2", "rewards.verifier.retries=7"]
+    "override",
+    ["steps=900", "logging.every=5", "checkpoint.keep=7", "generator.restart_limit=9", "placement.generator.workers=2", "rewards.verifier.retries=7"],
 )
 def test_a_resumed_run_may_change_what_does_not_make_it_another(config: Callable[..., PPOConfig], run: Path, override: str) -> None:
     start = checkpoint(run, config(), 2)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.generator import Generator, GeneratorWorker
+from actors.generator import Generator
+from actors.generator_worker import GeneratorWorker
 from actors.placement import Cluster
 from actors.policy import Policy, PolicyRank
 from actors.weights import WeightsError
@@ -19,7 +20,7 @@ from minigpt_ray.rl.experience import Prompt, Rollout
 pytestmark = pytest.mark.ray
 
 GENERATOR = GeneratorConfig(backend="transformers", restart_limit=1, sleep_between_phases=True)  # this engine gives back nothing, but forgets its version
-PLACEMENT = PlacementConfig(generator=GeneratorPlacement(ranks=2))
+PLACEMENT = PlacementConfig(generator=GeneratorPlacement(workers=2))
 GREEDY = SamplingConfig(max_tokens=8, temperature=0)
 PROMPTS = [Prompt(i, ({"role": "user", "content": "?"},), np.arange(10 + i, 15 + i, dtype=np.int32), "source", None) for i in range(4)]
 
@@ -107,6 +108,7 @@ def test_a_new_worker_is_brought_up_to_date_and_then_belongs_to_the_group(roles:
     os.kill(of_workers(generator, lambda worker: __import__("os").getpid())[1], signal.SIGKILL)
     assert tokens(generator.generate(PROMPTS, GREEDY)) == tokens(rollouts)
     assert generator.restarts == 1
+    generator.ready()  # the new worker may still be on its way
     generator.receive(policy.publish(7))
     assert versions(generator) == [7, 7]
     assert [[rank for _, rank in group] for group in groups_of(generator)] == [[1], [2]]

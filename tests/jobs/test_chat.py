@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.generator import Request
+from actors.generator_worker import Request, complete
 from actors.transformers_engine import TransformersEngine
 from jobs.chat import Transformers, talk
 from minigpt_ray.config import GeneratorConfig, SamplingConfig
@@ -30,7 +30,7 @@ def expected(model: Path, messages: list[dict[str, str]]) -> str:
     """What the generator's engine answers, greedily."""
     engine = TransformersEngine(str(model), GeneratorConfig(), 512, 1, seed=0)
     request = Request(encode_prompt(engine.tokenizer, messages), seed=0)
-    ((_, completion),) = engine.generate([request], SamplingConfig(temperature=0, max_tokens=LONGEST))
+    (completion,) = complete(engine, [request], SamplingConfig(temperature=0, max_tokens=LONGEST))
     return str(engine.tokenizer.decode(completion.token_ids, skip_special_tokens=True))
 
 

@@ -21,9 +21,11 @@ import psutil
 import pytest
 import torch
 import yaml
+from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from jobs.prepare_data import main as prepare_data
+from jobs.scale import main as scale
 from minigpt_ray.checkpoint import Checkpoints, find_fault
 from minigpt_ray.models import build_causal, export
 from minigpt_ray.rl.kl import next_kl_coef
@@ -36,9 +38,24 @@ GOLDEN = CHECKOUT / "tests" / "golden" / "ppo_debug.jsonl"
 CURVES = ("train/reward", "train/actor_loss", "train/critic_loss", "train/kl")
 
 REWARD = '''
+import time
+from pathlib import Path
+
+HOME = Path(__file__).parent
+
+
 def lower_case(rollouts):
     """Share of lower-case letters, a reward that a random model gets some of."""
     return [sum("a" <= c <= "z" for c in r.text) / 16 for r in rollouts]
+
+
+def held_lower_case(rollouts):
+    """The same, once the file `gate` names this step of the run `elastic`, or a later one."""
+    step = 1 + (HOME / "elastic/ppo/metrics.jsonl").read_text().count("train/epoch")
+    (HOME / f"at-{step}").touch()
+    while int((HOME / "gate").read_text() or 0) < step:
+        time.sleep(0.1)
+    return lower_case(rollouts)
 '''
 
 ONE_PROCESS = "placement.colocate=[[policy, critic, reference, rewards]]"
@@ -54,7 +71,7 @@ LINE = re.compile(
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output directory with runs that have been through prepare_data and SFT, and a user's reward function."""
     directory = tmp_path_factory.mktemp("home")
-    for run in ("whole", "killed", "wounded", "critic_free"):
+    for run in ("whole", "killed", "wounded", "elastic", "critic_free"):
         assert prepare_data([str(CHECKOUT / "configs/debug/prepare_data.yaml"), f"output_dir={directory}", f"run={run}"]) == 0
         tokenizer = load_tokenizer(directory / run / "prepare_data" / "tokenizer")
         export(build_causal("nano", tokenizer, seed=0), tokenizer, directory / run / "sft" / "model")
@@ -107,7 +124,7 @@ def ppo(home: Path, run: str, *overrides: str) -> Finished:
 @pytest.fixture(scope="module")
 def whole(home: Path) -> Finished:
     """Four steps in one go."""
-    return ppo(home, "whole", "logging.wandb=offline")
+    return ppo(home, "whole", "logging.wandb=offline", "logging.batches=4")
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +311,7 @@ def test_the_golden_curve(whole: Finished) -> None:
 
 def numbers(row: dict[str, float]) -> dict[str, float]:
     """A row without what the clock, the machine or the length of the run decides."""
-    passing = ("time/", "memory/", "system/", "restarts/", "weights/receive_s", "train/eta", "train/mfu")
+    passing = ("time/", "memory/", "pool/", "system/", "restarts/", "weights/receive_s", "train/eta", "train/mfu")
     return {name: value for name, value in row.items() if not name.startswith(passing) and "per_second" not in name}
 
 
@@ -377,6 +394,66 @@ def test_what_died_is_counted_and_said(wounded: Finished) -> None:
     assert [last[f"restarts/{role}"] for role in ("reference", "generator", "policy", "critic", "rewards")] == [1, 1, 1, 1, 0]
     assert "a process of policy died; the learners start again and go on after step 2" in wounded.output
     assert "a process of reference died; the role is started again and the call repeated" in wounded.output
+
+
+# ------------------------------------------------------------------------------------------ workers that come and go
+
+
+@pytest.fixture(scope="module")
+def elastic(home: Path) -> Finished:
+    """A run of which two generator workers join after step 2 and leave again after step 3; each step waits at its rewards until then."""
+    directory = home / "elastic" / "ppo"
+    (home / "gate").write_text("0")
+    held = ["rewards.letters.function=a_users_rewards:held_lower_case", "rewards.letters.timeout_s=300"]
+    options = ["run=elastic", ONE_PROCESS, *held, "placement.generator.max_workers=3", "logging.batches=4", "evaluation.every=4"]
+    process = subprocess.Popen(command(home, *options), cwd=CHECKOUT, env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        wait_for(process, (directory / "processes.json").exists)
+        scale([str(home / "elastic"), "generator=3", "--wait", "0"])
+        (home / "gate").write_text("1")
+        wait_for(process, (home / "at-2").exists)
+        wait_for(process, lambda: built(process.pid) == 4)  # three workers, and the process of all other roles
+        (home / "gate").write_text("2")
+        wait_for(process, (home / "at-3").exists)
+        scale([str(home / "elastic"), "generator=1", "--wait", "0"])
+        (home / "gate").write_text("5")
+        output = process.communicate(timeout=400)[0]
+        assert process.returncode == 0, output
+    finally:
+        process.kill()
+        process.wait()
+    return Finished(directory, output)
+
+
+def built(job: int) -> int:
+    """How many processes of a job's roles have done their first call; Ray names a process after what it is doing."""
+    titles = [child.cmdline()[:1] for child in psutil.Process(job).children(recursive=True) if child.is_running()]
+    return sum(title[0] in ("ray::RankHost", "ray::RankHost.call") for title in titles if title)
+
+
+@pytest.mark.slow
+def test_a_run_whose_workers_came_and_went_has_the_numbers_and_the_tokens_of_one_that_kept_its_own(whole: Finished, elastic: Finished) -> None:
+    assert [row["pool/generator/workers"] for row in elastic.rows if row["step"] != 2] == [1, 3, 1]
+    assert (elastic.rows[-1]["pool/generator/joined"], elastic.rows[-1]["pool/generator/left"]) == (2, 2)
+    assert elastic.rows[-1]["restarts/generator"] == 0
+    for mine, theirs in zip(elastic.rows, whole.rows, strict=True):
+        mine, theirs = numbers(mine), numbers(theirs)
+        for name in ("generator/logprob_gap_mean", "generator/logprob_gap_max"):  # these depend on what else is in a batch
+            assert mine.pop(name) < 1e-3 and theirs.pop(name) < 1e-3
+        assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-7)
+    for step in range(1, 5):
+        mine, theirs = (load_file(run.directory / "batches" / f"step-{step:06}.safetensors") for run in (elastic, whole))
+        assert len(mine["batch.token_ids"]) == 16
+        for name in ("batch.token_ids", "batch.response_mask"):
+            assert (mine[name] == theirs[name]).all()
+
+
+@pytest.mark.slow
+def test_who_came_and_went_is_said(elastic: Finished) -> None:
+    said = [line for line in elastic.output.splitlines() if line.startswith(("the generator goes", "a generator worker"))]
+    assert [line for line in said if "goes" in line] == ["the generator goes from 1 to 3 workers", "the generator goes from 3 to 1 workers"]
+    assert sum("has joined, with weights version" in line for line in said) == 2
+    assert said[-1] == "a generator worker has left; workers now: 1"
 
 
 # ------------------------------------------------------------------------------------------------ without a critic

@@ -1,0 +1,133 @@
+"""Who answers which prompts: all are handed out at once and evenly, then moved when a worker has nothing left to do.
+
+Nothing here knows a process. A worker is a number, a prompt its position; the samples of a prompt stay together, so that
+its tokens are read once. Whoever answers, the answer is the same, which is why a prompt may be moved, or given to two.
+"""
+
+from collections import deque
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+SLOW = 2.0
+"""A worker is slow when it takes so many times as long for what it holds as another took for its own."""
+SLOW_SECONDS = 5.0
+"""And at least so long: in less than this a second attempt gains nothing."""
+
+
+class Orders(NamedTuple):
+    """What a worker is told."""
+
+    new: list[int]
+    """Positions of prompts to answer."""
+    dropped: list[int]
+    """Positions that somebody else answers, or has answered."""
+
+    def __bool__(self) -> bool:
+        return bool(self.new or self.dropped)
+
+
+class Dispatch:
+    """The prompts of one call and the workers that answer them."""
+
+    def __init__(self, order: Sequence[int], capacity: int) -> None:
+        """`order`: positions of all prompts as they are to be handed out; `capacity`: how many a worker computes at a time, the rest waits in it."""
+        self.capacity = capacity
+        self.open = set(order)
+        """Positions without an answer."""
+        self._waiting = deque(order)
+        self._held: dict[int, dict[int, None]] = {}
+        """Worker -> positions that it is to answer, the oldest first."""
+        self._orders: dict[int, Orders] = {}
+        self._since: dict[int, float] = {}
+        self._took: dict[int, float] = {}
+        """Worker -> seconds that it needed, the last time, until it held nothing any more."""
+
+    @property
+    def queue_depth(self) -> int:
+        """Prompts that nobody has begun to answer."""
+        return len(self._waiting) + sum(max(0, len(held) - self.capacity) for held in self._held.values())
+
+    def holds(self, worker: int) -> bool:
+        """Whether the worker is to answer something."""
+        return bool(self._held.get(worker))
+
+    def has_work(self, worker: int) -> bool:
+        """Whether there is something to tell the worker, or to ask it for."""
+        return bool(self._orders.get(worker)) or self.holds(worker)
+
+    def orders(self, worker: int) -> Orders:
+        """What the worker has to be told since the last time."""
+        return self._orders.pop(worker, Orders([], []))
+
+    def balance(self, workers: Collection[int], now: float) -> None:
+        """Hand out what waits, to the worker that holds least. `workers` are those that take prompts; `now` is in seconds.
+
+        When one of them holds nothing and nothing waits, it gets a share of what others hold and have not begun, else
+        what a slow one holds, as well: who is first wins.
+        """
+        free = [worker for worker in workers if not self.holds(worker)]
+        if free and not self._waiting:
+            for worker in list(self._held):
+                self.take_back(worker)
+        if free and not self._waiting:
+            self._give_again(free, now)
+        while self._waiting and workers:
+            self._hold(min(workers, key=lambda worker: len(self._held.get(worker, ()))), self._waiting.popleft(), now)
+
+    def finish(self, worker: int, position: int, now: float) -> bool:
+        """A worker has an answer; whether it is the first to this prompt."""
+        if position not in self.open:
+            return False
+        self.open.discard(position)
+        for other, held in self._held.items():
+            if position in held:
+                del held[position]
+                if other != worker:
+                    self._drop(other, position)
+                if not held:
+                    self._took[other] = now - self._since[other]
+        return True
+
+    def lost(self, worker: int) -> None:
+        """A worker is gone; what it held waits again, before all else."""
+        self._orders.pop(worker, None)
+        self._took.pop(worker, None)
+        held = self._held.pop(worker, {})
+        elsewhere = {position for others in self._held.values() for position in others}
+        self._waiting.extendleft(reversed([position for position in held if position not in elsewhere]))
+
+    def take_back(self, worker: int) -> None:
+        """What a worker holds beyond its capacity waits again."""
+        held = self._held.get(worker, {})
+        for position in list(held)[self.capacity :]:
+            del held[position]
+            self._drop(worker, position)
+            self._waiting.append(position)
+
+    def _told(self, worker: int) -> Orders:
+        return self._orders.setdefault(worker, Orders([], []))
+
+    def _hold(self, worker: int, position: int, now: float) -> None:
+        held = self._held.setdefault(worker, {})
+        if not held:
+            self._since[worker] = now
+        held[position] = None
+        self._told(worker).new.append(position)
+
+    def _drop(self, worker: int, position: int) -> None:
+        told = self._told(worker)
+        if position in told.new:  # it has not heard of it
+            told.new.remove(position)
+        else:
+            told.dropped.append(position)
+
+    def _give_again(self, free: Sequence[int], now: float) -> None:
+        took = [seconds for worker, seconds in self._took.items() if not self.holds(worker)]
+        if not took:
+            return
+        limit = max(SLOW_SECONDS, SLOW * max(took))
+        slow = [worker for worker, held in self._held.items() if held and now - self._since[worker] > limit]
+        counts = [position for held in self._held.values() for position in held]
+        alone = [position for worker in slow for position in self._held[worker] if counts.count(position) == 1]
+        for place, position in enumerate(alone):
+            self._hold(free[place % len(free)], position, now)

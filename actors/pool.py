@@ -1,0 +1,207 @@
+"""A role whose processes come and go while the job runs: asked for from outside, by autoscaling, or because one died.
+
+A worker that joins is started beside the others, and is of use once it is built; nobody waits for it. One that leaves
+first answers what it has begun.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from actors.attempts import first_line
+from actors.group import Group, OutOfRestarts, R, has_died
+from actors.placement import Cluster, Place
+from minigpt_ray.config import GeneratorPlacement
+from minigpt_ray.scaling import Requests, refusal
+
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0
+"""Between two looks for a request."""
+ROOM_SECONDS = 10.0
+"""How long the cluster may take to make room before this is said; it goes on trying, since nodes may be on their way."""
+
+
+@dataclass(eq=False)
+class Worker:
+    """A process of the pool as the driver knows it."""
+
+    number: int
+    """Never given again."""
+    place: Place
+    host: Any
+    newcomer: bool
+    """It came to make the pool larger, and has not proved the weights yet."""
+    version: int = -1
+    """Weights that it has proved."""
+    leaving: bool = False
+    memory_bytes: int = 0
+
+
+@dataclass(eq=False)
+class _Wish:
+    """A place that the cluster has been asked for."""
+
+    place: Place
+    since: float
+    newcomer: bool
+
+
+class Pool(Group[R]):
+    """The role as the driver sees it. `workers` are built and can be called; `size` is how many there should be."""
+
+    def __init__(self, cluster: Cluster, role: str, build: Callable[..., R], *args: Any, restarts: int) -> None:
+        """`restarts`: how often dead workers are replaced, together; after that OutOfRestarts is raised."""
+        placement = cluster.roles[role]
+        assert isinstance(placement, GeneratorPlacement)
+        self.placement = placement
+        self.size = placement.workers
+        self.workers: list[Worker] = []
+        self.joined = self.left = 0
+        self._wishes: list[_Wish] = []
+        self._coming: dict[Any, Worker] = {}
+        self._numbers = 0
+        self._asked: Callable[[], int | None] = lambda: None
+        self._say: Callable[[str], object] = logger.warning
+        self._looked, self._room_is_missed = 0.0, False
+        super().__init__(cluster, role, build, *args, restarts=restarts)
+
+    def start(self) -> None:
+        """Begin to build as many workers as the configuration says."""
+        self.hosts = []
+        self._wishes = [_Wish(self.cluster.place(self.role), time.monotonic(), newcomer=False) for _ in range(self.size)]
+        self.advance()
+
+    def ready(self) -> None:
+        """Wait until everybody who was asked for is there."""
+        while self._wishes or self._coming:
+            ray.wait(self.on_their_way, num_returns=1)
+            self.advance()
+
+    @property
+    def on_their_way(self) -> list[Any]:
+        """References of which each, once it is there, is a reason to `advance`."""
+        return [*(wish.place.made for wish in self._wishes), *self._coming]
+
+    @property
+    def changes(self) -> int:
+        return self.restarts + self.joined + self.left
+
+    def obey(self, requests: Requests, say: Callable[[str], object]) -> None:
+        """From now on do what is asked for from outside, and `say` what becomes of it. What was asked before is forgotten."""
+        requests.take()
+        self._asked, self._say = requests.take, say
+
+    def resize(self, size: int) -> None:
+        """Be so many workers, in time: those that are too many leave, the youngest first; those that are missing are started."""
+        self.size, self._room_is_missed = size, False
+        surplus = len(self.workers) + len(self._wishes) + len(self._coming) - size
+        for wish in self._wishes[max(0, len(self._wishes) - max(0, surplus)) :]:
+            self._wishes.remove(wish)
+            self.cluster.give_back(wish.place)
+            surplus -= 1
+        for built in list(self._coming)[max(0, len(self._coming) - max(0, surplus)) :]:
+            self._end(self._coming.pop(built))
+            surplus -= 1
+        for age, worker in enumerate(self.workers):
+            worker.leaving = age >= len(self.workers) - surplus
+        now = time.monotonic()
+        self._wishes += [_Wish(self.cluster.place(self.role), now, newcomer=True) for _ in range(-surplus)]
+
+    def advance(self, busy: Collection[int] = ()) -> None:
+        """Take the next step with everybody who comes or goes, without waiting; workers with the numbers `busy` do not end."""
+        self._look()
+        for wish in [wish for wish in self._wishes if wish.place.is_there()]:
+            self._wishes.remove(wish)
+            self._start(wish.place, wish.newcomer)
+        self._miss_room()
+        for built in ray.wait(list(self._coming), num_returns=len(self._coming), timeout=0)[0] if self._coming else []:
+            self._arrive(self._coming.pop(built), built)
+        for worker in [worker for worker in self.workers if worker.leaving and worker.number not in busy]:
+            self._end(worker)
+            self.left += 1
+            self._say(f"a {self.role} worker has left; workers now: {len(self.workers)}")
+
+    def replace(self, worker: Worker, death: Exception) -> None:
+        """Start another worker in the place of a dead one."""
+        if self._restarts_left == 0:
+            raise OutOfRestarts(self.role, f"{self.role}.restart_limit") from death
+        self._restarts_left -= 1
+        self.restarts += 1
+        logger.warning("%s worker %d died; a new one takes its place, and the others its prompts", self.role, worker.number)
+        self._remove(worker)
+        self._start(worker.place, newcomer=False)
+
+    def close(self) -> None:
+        """End all processes; their places stay reserved."""
+        for worker in [*self.workers, *self._coming.values()]:
+            ray.kill(worker.host)
+            self.cluster.keep(self.role, worker.place)
+        for wish in self._wishes:
+            self.cluster.keep(self.role, wish.place)
+        self.workers, self._coming, self._wishes, self.hosts = [], {}, [], []
+
+    def _revive(self, death: Exception) -> None:
+        for worker in [worker for worker in self.workers if has_died(worker.host.address.remote())]:
+            self.replace(worker, death)
+        self.ready()
+
+    def _look(self) -> None:
+        """See whether another size was asked for."""
+        if time.monotonic() - self._looked < LOOK_SECONDS:
+            return
+        self._looked = time.monotonic()
+        asked = self._asked()
+        if asked is None:
+            return
+        refused = refusal(asked, self.placement)
+        if not refused:
+            self.resize(asked)
+        self._say(refused or f"the {self.role} goes from {len(self.workers)} to {asked} workers")
+
+    def _miss_room(self) -> None:
+        """Say, once, that the cluster has no room for everybody."""
+        late = [wish for wish in self._wishes if time.monotonic() - wish.since > ROOM_SECONDS]
+        if late and not self._room_is_missed:
+            self._room_is_missed = True
+            needs = ", ".join(f"{amount:g} {name}" for name, amount in self.cluster.needs(self.role).items())
+            self._say(
+                f"the cluster has no room for {len(late)} of {self.size} {self.role} workers ({needs} each); the job goes on with "
+                f"{self.size - len(late)}, and the others join when nodes are added; on one machine set placement.{self.role}.max_workers before the start"
+            )
+
+    def _start(self, place: Place, newcomer: bool) -> None:
+        worker = Worker(self._numbers, place, self.cluster.host(self.role, self._numbers, place), newcomer)
+        self._numbers += 1
+        self._coming[worker.host.build.remote(self.role, self._build, *self._args)] = worker
+
+    def _arrive(self, worker: Worker, built: Any) -> None:
+        """The worker is built, or could not be: then the job goes on without a newcomer."""
+        try:
+            ray.get(built)
+        except ray.exceptions.RayError as error:
+            if worker.newcomer:
+                self._end(worker)
+                self.size -= 1
+                self._say(f"a {self.role} worker that was to join could not start ({first_line(error)}); the job goes on with {self.size}")
+            elif isinstance(error, ray.exceptions.RayActorError):
+                self.replace(worker, error)
+            else:
+                raise
+            return
+        self.workers.append(worker)
+        self.hosts = [worker.host for worker in self.workers]
+
+    def _end(self, worker: Worker) -> None:
+        """End a worker's process and give its place back."""
+        self._remove(worker)
+        ray.kill(worker.host)
+        self.cluster.give_back(worker.place)
+
+    def _remove(self, worker: Worker) -> None:
+        self.workers = [other for other in self.workers if other is not worker]
+        self.hosts = [other.host for other in self.workers]

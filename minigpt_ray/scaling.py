@@ -1,0 +1,71 @@
+"""How many generator workers a running job has: what is asked for from outside, and what autoscaling asks for.
+
+A request is a file in the stage's directory, so it can be made on any machine that sees the run; the job takes it away.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from minigpt_ray.checkpoint import write_json_atomic
+from minigpt_ray.config import GeneratorPlacement
+
+BUSY, IDLE = 0.2, 0.5
+"""Idle shares of the pool: below the first it has enough to do, above the second too little."""
+PATIENCE = 3
+"""Steps in a row with too little to do before a worker leaves: one that is missed costs more than one that waits."""
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Requests to one running job."""
+
+    directory: Path
+    """Of the stage."""
+
+    @property
+    def path(self) -> Path:
+        return self.directory / "scale.json"
+
+    def ask(self, workers: int) -> None:
+        """Ask for so many workers; a request that was not taken yet is replaced."""
+        write_json_atomic(self.path, {"generator": workers})
+
+    @property
+    def is_taken(self) -> bool:
+        return not self.path.exists()
+
+    def take(self) -> int | None:
+        """What was asked for since the last time, None for nothing."""
+        try:
+            asked = json.loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        self.path.unlink()
+        return int(asked["generator"])
+
+
+def refusal(workers: int, placement: GeneratorPlacement) -> str:
+    """One sentence when so many workers are not allowed, else empty."""
+    most = placement.max_workers
+    if workers < placement.min_workers or (most is not None and workers > most):
+        return f"generator={workers} is outside placement.generator.min_workers={placement.min_workers} and max_workers={most}; ask for a number between them"
+    return ""
+
+
+class Autoscaler:
+    """A worker more or less after a step, within the bounds of the configuration."""
+
+    def __init__(self, placement: GeneratorPlacement) -> None:
+        self.placement = placement
+        self._idle_steps = 0
+
+    def wanted(self, workers: int, queue_depth: float, idle_share: float) -> int:
+        """How many workers there should be, by the last step: mean prompts that waited, and the pool's idle share, while it was asked for answers."""
+        self._idle_steps = self._idle_steps + 1 if idle_share > IDLE and queue_depth < 1 else 0
+        if queue_depth >= 1 and idle_share < BUSY:
+            workers += 1
+        elif self._idle_steps == PATIENCE:
+            self._idle_steps = 0
+            workers -= 1
+        return max(self.placement.min_workers, min(workers, self.placement.room))

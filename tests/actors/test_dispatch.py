@@ -1,0 +1,114 @@
+"""Prompts are handed out evenly, move to who has nothing to do, and are answered once each, whoever comes and goes."""
+
+import random
+
+import pytest
+
+from actors.dispatch import SLOW_SECONDS, Dispatch
+
+
+def handed(dispatch: Dispatch, *workers: int) -> dict[int, list[int]]:
+    """What each is told, after a balance among all of them."""
+    dispatch.balance(workers, now=0.0)
+    return {worker: dispatch.orders(worker).new for worker in workers}
+
+
+def test_one_worker_gets_everything_at_once_in_the_given_order() -> None:
+    assert handed(Dispatch([2, 0, 1], capacity=1), 7) == {7: [2, 0, 1]}
+
+
+def test_several_get_even_shares_of_which_the_first_prompts_are_dealt_first() -> None:
+    assert handed(Dispatch(range(7), capacity=9), 1, 2, 3) == {1: [0, 3, 6], 2: [1, 4], 3: [2, 5]}
+
+
+def test_a_worker_that_joins_gets_what_another_holds_and_has_not_begun() -> None:
+    dispatch = Dispatch(range(10), capacity=4)
+    handed(dispatch, 1)
+    assert dispatch.queue_depth == 6
+    dispatch.balance([1, 2], now=1.0)
+    assert dispatch.orders(1) == ([8], [4, 5, 6, 7, 8, 9])  # it forgets first, then learns
+    assert dispatch.orders(2) == ([4, 5, 6, 7, 9], [])
+    assert dispatch.queue_depth == 2
+
+
+def test_what_a_lost_worker_held_goes_to_the_others_before_all_else() -> None:
+    dispatch = Dispatch(range(4), capacity=4)
+    handed(dispatch, 1, 2)
+    dispatch.finish(1, 0, now=1.0)
+    dispatch.lost(1)
+    assert handed(dispatch, 2) == {2: [2]}
+    assert dispatch.open == {1, 2, 3}
+
+
+def test_what_a_slow_worker_holds_is_given_a_second_time_and_the_first_answer_counts() -> None:
+    dispatch = Dispatch(range(4), capacity=4)
+    handed(dispatch, 1, 2)
+    for position in (0, 2):
+        dispatch.finish(1, position, now=1.0)
+    dispatch.balance([1, 2], now=SLOW_SECONDS)
+    assert not dispatch.holds(1)  # not yet slow
+    dispatch.balance([1, 2], now=SLOW_SECONDS + 0.1)
+    assert dispatch.orders(1).new == [1, 3] and not dispatch.orders(2)
+    assert dispatch.finish(1, 1, now=7.0) and not dispatch.finish(2, 1, now=8.0)
+    assert dispatch.finish(2, 3, now=8.0) and not dispatch.open
+    assert dispatch.orders(2).dropped == [1] and dispatch.orders(1).dropped == [3]
+
+
+def test_a_short_call_is_never_given_a_second_time() -> None:
+    dispatch = Dispatch(range(2), capacity=4)
+    handed(dispatch, 1, 2)
+    dispatch.finish(1, 0, now=0.1)
+    dispatch.balance([1, 2], now=SLOW_SECONDS - 0.1)
+    assert not dispatch.orders(1)
+
+
+def test_a_leaving_worker_keeps_what_it_has_begun() -> None:
+    dispatch = Dispatch(range(6), capacity=2)
+    handed(dispatch, 1)
+    dispatch.take_back(1)
+    dispatch.balance([2], now=0.0)
+    assert dispatch.orders(1).dropped == [2, 3, 4, 5] and dispatch.orders(2).new == [2, 3, 4, 5] and dispatch.holds(1)
+
+
+def test_a_prompt_that_a_worker_has_not_heard_of_is_taken_back_in_silence() -> None:
+    dispatch = Dispatch(range(3), capacity=1)
+    dispatch.balance([1], now=0.0)
+    dispatch.take_back(1)
+    assert dispatch.orders(1) == ([0], [])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_prompt_is_answered_once_whatever_happens(seed: int) -> None:
+    """Workers that follow their orders, at random speeds, while others join, leave and die."""
+    chance, now = random.Random(seed), 0.0
+    dispatch = Dispatch(range(50), capacity=chance.choice([1, 3, 50]))
+    at_work: dict[int, list[int]] = {0: []}
+    leaving: set[int] = set()
+    answered: list[int] = []
+    numbers = 1
+    while dispatch.open:
+        now += chance.uniform(0, 3)
+        event = chance.random()
+        if event < 0.1:
+            at_work[numbers] = []
+            numbers += 1
+        elif event < 0.15 and len(at_work) > 1:
+            lost = chance.choice(list(at_work))
+            del at_work[lost]
+            leaving.discard(lost)
+            dispatch.lost(lost)
+        elif event < 0.2 and len(at_work) - len(leaving) > 1:
+            leaving.add(chance.choice(list(at_work)))
+        for worker in leaving:
+            dispatch.take_back(worker)
+        dispatch.balance([worker for worker in at_work if worker not in leaving] or list(at_work), now)
+        for worker, queue in at_work.items():
+            told = dispatch.orders(worker)
+            assert set(told.dropped) <= set(queue) | set(answered) and not set(told.new) & (set(queue) - set(told.dropped))
+            queue[:] = [position for position in queue if position not in told.dropped] + told.new
+        for worker, queue in at_work.items():
+            if queue and chance.random() < 0.7:
+                position = queue.pop(0)
+                if dispatch.finish(worker, position, now):
+                    answered.append(position)
+    assert sorted(answered) == list(range(50))

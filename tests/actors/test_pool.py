@@ -1,0 +1,133 @@
+"""Workers join and leave while prompts are answered, nobody waits for them, and the tokens are those of one worker."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+
+from actors import pool
+from actors.generator import Generator
+from actors.placement import Cluster
+from minigpt_ray.config import GeneratorConfig, GeneratorPlacement, PlacementConfig, SamplingConfig
+from minigpt_ray.models import load_causal
+from minigpt_ray.rl.experience import Prompt, Rollout
+from minigpt_ray.scaling import Requests
+from tests.actors.test_generator import published
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+SAMPLING = SamplingConfig(max_tokens=24, n=2)
+PROMPTS = [Prompt(i, ({"role": "user", "content": "?"},), np.arange(5, 8 + i % 7, dtype=np.int32), "source", None) for i in range(24)]
+
+
+class Elastic:
+    """A pool of one worker that takes four prompts at a time, what it said, and what a lone worker answers with the weights of version 1."""
+
+    def __init__(self, generator: Generator, cluster: Cluster, directory: Path) -> None:
+        self.generator, self.cluster, self.requests, self.said = generator, cluster, Requests(directory), list[str]()
+        generator.obey(self.requests, self.said.append)
+        generator.ready()
+        generator.receive(published(load_causal(generator._args[0], "float32").eval(), version=1))
+        self.alone = tokens(generator.generate(PROMPTS, SAMPLING))
+
+    def ask(self, workers: int) -> None:
+        self.requests.ask(workers)
+        self.generator._looked = 0.0  # it looks once a second
+
+    @property
+    def pids(self) -> list[int]:
+        return [place["pid"] for place in self.generator.whereabouts()]
+
+
+def tokens(rollouts: Sequence[Rollout]) -> list[tuple[int, int, list[int]]]:
+    return [(r.group, r.sample, r.token_ids.tolist()) for r in rollouts]
+
+
+@pytest.fixture(scope="module")
+def elastic(ray_cluster: None, nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elastic]:
+    placement = PlacementConfig(generator=GeneratorPlacement())
+    with Cluster(placement, {"generator": placement.generator}) as cluster:
+        config = GeneratorConfig(backend="transformers", max_num_seqs=8)
+        yield Elastic(Generator(cluster, str(nano), config, 64, 1, seed=3, probe_tolerance=1e-3), cluster, tmp_path_factory.mktemp("stage"))
+
+
+def test_workers_that_join_are_not_waited_for_and_change_no_token(elastic: Elastic) -> None:
+    generator = elastic.generator
+    elastic.ask(3)
+    assert tokens(generator.generate(PROMPTS, SAMPLING)) == elastic.alone
+    assert len(generator.workers) == 1 and elastic.said[-1] == "the generator goes from 1 to 3 workers"  # libraries take seconds to load
+    generator.ready()
+    assert [worker.version for worker in generator.workers] == [1, -1, -1]
+    generator.reset_usage()
+    assert tokens(generator.generate(PROMPTS, SAMPLING)) == elastic.alone  # they load the weights while the first one answers
+    while len(generator.able) < 3:
+        generator.bring_up_to_date()
+    assert elastic.said[-1] == "a generator worker has joined, with weights version 1; 3 of 3 are there"
+    assert tokens(generator.generate(PROMPTS, SAMPLING)) == elastic.alone
+    assert min(worker.memory_bytes for worker in generator.workers) > 0  # all of them answered
+    metrics = generator.metrics()
+    assert (metrics["pool/generator/workers"], metrics["pool/generator/joined"], metrics["pool/generator/left"]) == (3, 2, 0)
+    assert 0 <= metrics["pool/generator/idle_share"] <= 1 and metrics["pool/generator/queue_depth"] > 0
+
+
+def test_a_worker_that_stands_still_does_not_hold_the_others(elastic: Elastic) -> None:
+    generator = elastic.generator
+    still = elastic.pids[0]
+    os.kill(still, signal.SIGSTOP)
+    try:
+        assert tokens(generator.generate(PROMPTS, SAMPLING)) == elastic.alone
+    finally:
+        os.kill(still, signal.SIGCONT)
+    assert generator.restarts == 0
+    assert tokens(generator.generate(PROMPTS[::-1], SAMPLING))[-2:] == elastic.alone[:2]  # and is of use again
+
+
+def test_workers_that_leave_finish_and_give_their_room_back(elastic: Elastic) -> None:
+    generator = elastic.generator
+    pids, free = elastic.pids, ray.available_resources()["CPU"]
+    elastic.ask(1)
+    generator._looked = float("inf")  # found in the middle of an answer
+    look = threading.Timer(0.05, lambda: setattr(generator, "_looked", 0.0))
+    look.start()
+    assert tokens(generator.generate(PROMPTS * 2, SAMPLING)) == elastic.alone * 2
+    generator.advance()
+    assert len(generator.workers) == 1 and generator.left == 2 and generator.restarts == 0
+    assert elastic.pids == pids[:1]
+    for _ in range(100):
+        if ray.available_resources()["CPU"] == free + 2:
+            break
+        threading.Event().wait(0.1)
+    assert ray.available_resources()["CPU"] == free + 2
+    assert tokens(generator.generate(PROMPTS, SAMPLING)) == elastic.alone
+
+
+def test_what_the_cluster_cannot_hold_is_said_and_the_job_goes_on(elastic: Elastic, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = elastic.generator
+    monkeypatch.setattr(pool, "ROOM_SECONDS", 0.0)
+    room = int(ray.available_resources()["CPU"])
+    monkeypatch.setattr(generator, "_start", lambda place, newcomer: elastic.cluster.give_back(place))  # whom there is room for need not start
+    elastic.ask(room + 3)
+    assert tokens(generator.generate(PROMPTS, SAMPLING)) == elastic.alone
+    (sentence,) = [said for said in elastic.said if "has no room" in said]
+    assert "(1 CPU each); the job goes on with" in sentence and "the others join when nodes are added" in sentence
+    generator.resize(1)
+    assert not generator._wishes and [worker.leaving for worker in generator.workers] == [False]
+
+
+def test_what_was_asked_before_the_job_began_is_forgotten(elastic: Elastic) -> None:
+    elastic.ask(3)
+    elastic.generator.obey(elastic.requests, elastic.said.append)
+    elastic.ask(1)
+    elastic.generator.advance()
+    assert elastic.generator.size == 1
+
+
+def test_a_number_outside_the_bounds_is_refused_by_the_job_as_well(elastic: Elastic) -> None:
+    elastic.ask(0)
+    elastic.generator.advance()
+    assert elastic.generator.size == 1 and elastic.said[-1].startswith("generator=0 is outside")
