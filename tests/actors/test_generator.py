@@ -275,7 +275,7 @@ def stop_at(rollouts: Sequence[Rollout], nano: Path) -> tuple[int, str]:
     raise AssertionError("no response has a plain character")
 
 
-def check_stop(generate: Callable[[SamplingConfig], list[Rollout]], nano: Path) -> None:
+def assert_a_stop_string_ends_a_response(generate: Callable[[SamplingConfig], list[Rollout]], nano: Path) -> None:
     """A response ends with the stop string, and is up to there what it was without one."""
     free = generate(SAMPLED)
     row, character = stop_at(free, nano)
@@ -288,7 +288,7 @@ def check_stop(generate: Callable[[SamplingConfig], list[Rollout]], nano: Path) 
 
 
 def test_a_stop_string_ends_a_response(generator: Generator, nano: Path) -> None:
-    check_stop(lambda sampling: generator.generate(PROMPTS, sampling), nano)
+    assert_a_stop_string_ends_a_response(lambda sampling: generator.generate(PROMPTS, sampling), nano)
 
 
 # ------------------------------------------------------------------------------------------------- new weights
@@ -357,7 +357,7 @@ def test_transformers_writes_greedily_what_vllm_writes(plain: GeneratorWorker, g
 
 
 def test_transformers_stops_at_a_stop_string(plain: GeneratorWorker, nano: Path) -> None:
-    check_stop(lambda sampling: completed(plain, PROMPTS, sampling), nano)
+    assert_a_stop_string_ends_a_response(lambda sampling: completed(plain, PROMPTS, sampling), nano)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

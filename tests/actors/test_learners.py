@@ -297,10 +297,10 @@ def test_in_a_critics_place_there_is_no_process_and_every_answer_is_empty(ray_cl
 
 @pytest.mark.parametrize("changes", [{"micro_batch_tokens": 1}, {"micro_batch_tokens": 30}, {"activation_checkpointing": True}, {"zero_stage": 0}])
 def test_micro_batches_and_memory_settings_do_not_change_the_update(nano: Path, one_rank: dict[str, object], changes: dict[str, object]) -> None:
-    same_update(one_rank, course(nano, Rank(0, 1, "cpu"), **changes))
+    assert_same_update(one_rank, course(nano, Rank(0, 1, "cpu"), **changes))
 
 
-def same_update(expected: dict[str, object], found: dict[str, object]) -> None:
+def assert_same_update(expected: dict[str, object], found: dict[str, object]) -> None:
     for role in ("policy", "critic"):
         assert found[role] == pytest.approx(expected[role], rel=1e-4, abs=1e-6)
         assert difference(found[f"{role}_weights"], expected[f"{role}_weights"]) < 1e-5
@@ -313,7 +313,7 @@ def test_two_ranks_update_as_one(one_rank: dict[str, object], two_ranks: list[di
     """Losses, gradients, their norms, weights and the early stop, though the last mini-batch leaves one of the ranks without a row."""
     assert one_rank["policy"]["policy/early_stopped"] == 1  # type: ignore[index]
     for found in two_ranks:
-        same_update(one_rank, found)
+        assert_same_update(one_rank, found)
 
 
 @pytest.mark.slow

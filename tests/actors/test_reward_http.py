@@ -22,10 +22,10 @@ import torch
 from actors.attempts import Fault
 from actors.group import Rank
 from actors.model_scorer import ModelScorer
+from actors.reward_functions import RewardFunctions
 from actors.reward_http import RewardServer
 from actors.reward_server import bind
 from actors.reward_sources import check_sources
-from actors.rewards import RewardFunctions
 from minigpt_ray.config import HttpReward, VerifierReward
 from minigpt_ray.models import export, load_scalar
 from minigpt_ray.reward_protocol import Sample

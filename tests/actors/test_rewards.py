@@ -16,10 +16,11 @@ from transformers import AutoModelForSequenceClassification
 from actors.attempts import Scored
 from actors.group import Rank
 from actors.placement import Cluster, roles_of
+from actors.reward_functions import RewardFunctions
 from actors.reward_model import RewardModelRank
 from actors.reward_process import FunctionProcess
 from actors.reward_sources import check_sources
-from actors.rewards import RewardError, RewardFunctions, Rewards
+from actors.rewards import RewardError, Rewards
 from minigpt_ray.config import FunctionReward, ModelReward, PlacementConfig, VerifierReward
 from minigpt_ray.models import export, load_scalar
 from minigpt_ray.rl.experience import Prompt, RewardScores, Rollout, RolloutBatch

@@ -87,12 +87,6 @@ def test_a_table_and_a_report_are_left(home: Path, finished: subprocess.Complete
     assert config["models"] == ["sft", "ppo"] and config["sampling"]["temperature"] == 0
 
 
-def test_a_model_that_is_not_there_is_one_sentence(home: Path) -> None:
-    done = evaluate(f"output_dir={home}", "models=[sft,dpo]")
-    assert done.returncode == 2
-    assert "init_from='dpo' is neither a finished stage of this run" in done.stderr and "Traceback" not in done.stderr
-
-
 def test_what_is_named_and_not_there_is_refused() -> None:
     for given, sentence in (
         (["pass_at=[1,32]"], "pass_at=[1, 32] asks for more answers than pass_samples=16 draws"),

@@ -66,8 +66,3 @@ def test_answers_become_pairs_and_a_second_call_finds_them(home: Path) -> None:
     assert again.returncode == 0 and "nothing to do" in again.stdout
     refused = generate(*arguments, "min_margin=0.5", path=str(home))
     assert refused.returncode == 2 and "with another min_margin" in refused.stderr and "Traceback" not in refused.stderr
-
-
-def test_a_model_that_is_not_there_is_one_sentence(home: Path, tmp_path: Path) -> None:
-    done = generate(f"output_dir={tmp_path}", "model=dpo")
-    assert done.returncode == 2 and "init_from='dpo' is neither a finished stage of this run" in done.stderr and "Traceback" not in done.stderr

@@ -544,19 +544,6 @@ def test_help_and_dry_run_print_and_start_nothing(option: str, expected: list[st
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("override", "sentence"),
-    [
-        ("run=nowhere", "init_from='sft' is neither a finished stage of this run"),
-        ("data.files=[missing.jsonl]", "missing.jsonl"),
-    ],
-)
-def test_what_a_user_can_mend_is_one_sentence(home: Path, override: str, sentence: str) -> None:
-    done = subprocess.run(command(home, "run=killed", override), cwd=CHECKOUT, env=environment(home), capture_output=True, text=True)
-    assert done.returncode == 2
-    assert sentence in done.stderr and "Traceback" not in done.stderr
-
-
 @pytest.mark.slow
 def test_a_job_that_the_machine_cannot_hold_is_refused_and_leaves_nothing_behind(home: Path) -> None:
     asked = command(home, "run=whole", f"policy.init_from={home}/whole/sft/model", "placement.critic.gpus=1", "placement.wait_seconds=1")

@@ -43,17 +43,6 @@ def output_dir(tmp_path_factory):
     return directory
 
 
-def test_without_data_it_says_which_command_makes_it(tmp_path):
-    done = sft("run=none", f"output_dir={tmp_path}")
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1 and "run python -m jobs.prepare_data run=none" in done.stderr
-
-
-def test_a_wrong_field_is_refused_before_anything_is_imported():
-    done = sft("stepz=3")
-    assert done.returncode == 2 and "stepz" in done.stderr and "Traceback" not in done.stderr
-
-
 @pytest.mark.ray
 @pytest.mark.slow
 def test_the_debug_run_learns_and_leaves_a_model(output_dir):
