@@ -41,21 +41,21 @@ def keep_running(train: Callable[[C], None], config: C) -> None:
     """
     parent = _Parent()
     limit = config.checkpoint.driver_restarts
+    again = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"resume": "auto"})})
     with parent.passing_on():
         for restarts in range(limit + 1):
-            pid = parent.start(partial(_drive, train, config, restarts))
+            pid = parent.start(partial(_drive, train, again if restarts else config, restarts))
             code = parent.wait()
             if parent.said_farewell() or parent.asked or -code in ASKED:
                 break
-            cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"lost Ray (code {code})"
+            died = f"the driver (process {pid}) {f'was killed by {signal.Signals(-code).name}' if code < 0 else f'lost Ray (code {code})'}"
             if restarts == limit:
-                print(f"the driver (process {pid}) {cause}; checkpoint.driver_restarts={limit} are used up", file=sys.stderr, flush=True)
+                print(f"{died}; checkpoint.driver_restarts={limit} are used up", file=sys.stderr, flush=True)
                 break
-            print(f"the driver (process {pid}) {cause}; restart {restarts + 1} of {limit}, from the newest checkpoint", file=sys.stderr, flush=True)
+            print(f"{died}; restart {restarts + 1} of {limit}, from the newest checkpoint", file=sys.stderr, flush=True)
             parent.pause(min(2.0**restarts, LONGEST_PAUSE_SECONDS))
             if parent.asked:
                 break
-            config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"resume": "auto"})})
     raise SystemExit(code if code >= 0 else 128 - code)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -201,8 +202,8 @@ def connect(address: str | None, cpus: int) -> bool:
         ray.init(address=address or "auto", logging_level=logging.ERROR, log_to_driver=True)
         return False
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # a local one that is gone never comes back
-    loopback = {"_node_ip_address": "127.0.0.1"}  # Ray's own processes then listen there alone
-    start = partial(ray.init, address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, logging_level=logging.ERROR, **loopback)
+    ray_constants.ENABLE_RAY_CLUSTER = False  # Ray's switch for computers with a firewall: its processes then listen on the loopback address alone
+    start = partial(ray.init, address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, logging_level=logging.ERROR)
     try:
         start()
     except Exception as error:  # Ray has no type for it, and waits half a minute, which a busy machine may exceed

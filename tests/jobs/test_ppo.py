@@ -28,6 +28,7 @@ from jobs.prepare_data import main as prepare_data
 from jobs.scale import main as scale
 from minigpt_ray.checkpoint import Checkpoints, find_fault
 from minigpt_ray.models import build_causal, export
+from minigpt_ray.report import write_report
 from minigpt_ray.rl.kl import next_kl_coef
 from minigpt_ray.tokenizer import encode_prompt, load_tokenizer
 from minigpt_ray.tracking import read_metrics, read_samples
@@ -84,8 +85,11 @@ def command(home: Path, *overrides: str) -> list[str]:
     return [sys.executable, "-m", "jobs.ppo", "configs/debug/ppo.yaml", f"output_dir={home}", *reward, *overrides]
 
 
+SECRETS = {"WANDB_API_KEY": "0123456789abcdef" * 2 + "cafecafe", "HF_TOKEN": "hf_" + "TheTokenOfTheHub" * 2}
+
+
 def environment(home: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(home), "COLUMNS": "80"}
+    return {**os.environ, **SECRETS, "PYTHONPATH": str(home), "COLUMNS": "80"}
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,8 @@ class Interrupted:
     finished: Finished
     first_output: str
     first_code: int
+    listening: set[str]
+    """Addresses at which Ray's own processes listened."""
     after_loss: list[int]
     after_term: list[int]
     after_kill: list[int]
@@ -147,9 +153,10 @@ def interrupted(home: Path) -> Interrupted:
     with running(home, "killed", ONE_PROCESS) as first:
         wait_for(first, step_3_is_logged)
         lost = driver()
-        for process in psutil.Process(lost).children():
-            if process.name() in ("raylet", "gcs_server"):
-                process.kill()
+        of_ray = [process for process in psutil.Process(lost).children(recursive=True) if process.name() in ("raylet", "gcs_server")]
+        listening = {connection.laddr.ip for process in of_ray for connection in process.net_connections() if connection.status == psutil.CONN_LISTEN}
+        for process in of_ray:
+            process.kill()
         wait_for(first, lambda: driver() != lost)
         after_loss = checkpoints.steps()
         wait_for(first, step_3_is_logged)
@@ -162,7 +169,7 @@ def interrupted(home: Path) -> Interrupted:
         after_save = checkpoints.steps()
         output = second.communicate(timeout=400)[0]
         assert second.returncode == 0, output
-    return Interrupted(Finished(directory, output), first_output, first.returncode, after_loss, after_term, after_save)
+    return Interrupted(Finished(directory, output), first_output, first.returncode, listening, after_loss, after_term, after_save)
 
 
 @contextmanager
@@ -288,6 +295,17 @@ def test_the_configuration_is_kept_with_every_default(whole: Finished) -> None:
 
 
 @pytest.mark.slow
+def test_no_secret_is_in_what_a_run_leaves_or_says(whole: Finished) -> None:
+    """Config, versions, checkpoints, samples, the files of W&B, the report, the console."""
+    report = write_report(whole.directory.parent)
+    files = [path for path in whole.directory.parent.rglob("*") if path.is_file()]
+    assert report in files and any("wandb" in path.parts for path in files)
+    for secret in SECRETS.values():
+        assert secret not in whole.output
+        assert not [path for path in files if secret.encode() in path.read_bytes()]
+
+
+@pytest.mark.slow
 def test_the_golden_curve(whole: Finished) -> None:
     """A refactor leaves these numbers as they are. After a change that is meant to move them, write them anew:
 
@@ -313,6 +331,11 @@ def numbers(row: dict[str, float]) -> dict[str, float]:
     """A row without what the clock, the machine or the length of the run decides."""
     passing = ("time/", "memory/", "pool/", "system/", "restarts/", "weights/receive_s", "train/eta", "train/mfu")
     return {name: value for name, value in row.items() if not name.startswith(passing) and "per_second" not in name}
+
+
+@pytest.mark.slow
+def test_a_ray_of_its_own_listens_to_this_machine_alone(interrupted: Interrupted) -> None:
+    assert interrupted.listening == {"127.0.0.1"}
 
 
 @pytest.mark.slow
