@@ -106,6 +106,9 @@ class Training:
     def metrics(self, state: TrainingState, batch: RolloutBatch, timer: Timer) -> dict[str, float]:
         """Progress, rates, and what every role was doing in the step that led to `state`."""
         seconds = sum(s for name, s in timer.seconds.items() if "/" not in name)
+        for role in self.roles:
+            self.tracker.events(role.role, role.usage.spans, role.marks)
+            role.marks = []
         self.rates.peak_flops = self._peak_flops(self.generator.meter.workers)
         flops = ppo_step_flops(self.ready.shapes, batch.prompt_lengths.tolist(), batch.lengths.tolist(), self.config.algorithm.ppo_epochs)
         return {
@@ -136,11 +139,12 @@ class Training:
         """Write the checkpoint of the last whole step, unless it is there."""
         if self.state.step == self._saved:
             return
-        directory = self.ready.checkpoints.begin(self.state.step)
-        gather(self.policy.save(directory), self.critic.save(directory)).result()
-        self.ready.checkpoints.save_state(directory, asdict(self.state))
-        write_resolved(self.config, directory)
-        self.ready.checkpoints.commit(self.state.step)
+        with Timer(self.tracker.phase)("checkpoint"):
+            directory = self.ready.checkpoints.begin(self.state.step)
+            gather(self.policy.save(directory), self.critic.save(directory)).result()
+            self.ready.checkpoints.save_state(directory, asdict(self.state))
+            write_resolved(self.config, directory)
+            self.ready.checkpoints.commit(self.state.step)
         self._saved = self.state.step
 
     def _rewind(self, lost: RoleLost) -> None:
@@ -161,7 +165,7 @@ class Training:
             group.start()
         for group in groups:
             group.ready()
-            group.restarts += 1
+            group.mark_restart()
         self._restore(checkpoint)
         self.tracker.rewind(step)
         self._end_change()
