@@ -11,7 +11,7 @@ from minigpt_ray.config import EvaluationConfig, SamplingConfig
 from minigpt_ray.data.preferences import RIGHT, Answer, Answers
 from minigpt_ray.evaluation import Judged, evaluation_metrics
 from minigpt_ray.rl.experience import Prompt, Rollout, RolloutBatch
-from minigpt_ray.tracking import Tracker
+from minigpt_ray.tracking import Timer, Tracker
 
 ANSWERS_KEPT = 20
 """Answers of one evaluation that go to samples.jsonl."""
@@ -34,7 +34,8 @@ def evaluate(
 
 def log_evaluation(tracker: Tracker, step: int, generator: Generator, rewards: Rewards, prompts: Sequence[Prompt], config: EvaluationConfig) -> None:
     """Evaluate and log: metrics of all answers, some of the answers themselves."""
-    metrics, rows = evaluate(generator, rewards, prompts, config.sampling, config.sampled)
+    with Timer(tracker.phase)("evaluate"):
+        metrics, rows = evaluate(generator, rewards, prompts, config.sampling, config.sampled)
     tracker.log(step, metrics)
     tracker.samples(step, rows[:ANSWERS_KEPT])
 

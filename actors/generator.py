@@ -17,6 +17,7 @@ from actors.weights import TRANSPORTS, Publication
 from minigpt_ray.config import GeneratorConfig, SamplingConfig
 from minigpt_ray.rl.experience import Prompt, Rollout
 from minigpt_ray.scaling import Autoscaler
+from minigpt_ray.timeline import Mark
 
 CALLS_AHEAD = 2
 """Calls that a worker has at a time, so that it need not wait for the driver between two of them."""
@@ -100,7 +101,8 @@ class Generator(Pool[GeneratorWorker]):
                 for worker in dead:
                     self.replace(worker, death)
         self.usage.busy_seconds += max(t.seconds for t in timed)
-        self.usage.span(timed)
+        self.usage.span("receive", {worker.number: t for worker, t in zip(workers, timed, strict=True)})
+        self.marks.append(Mark(f"weights version {self.version}", time.time()))
         self._asleep = False
         self.received = [t.value for t in timed]
         for worker in workers:
@@ -148,6 +150,7 @@ class Generator(Pool[GeneratorWorker]):
         if worker.newcomer:
             worker.newcomer = False
             self.joined += 1
+            self.marks.append(Mark(f"{self.role} worker {worker.number} joined", time.time()))
             self._say(f"a {self.role} worker has joined, with weights version {self.version}; {len(self.workers)} of {self.size} are there")
 
     def use_checkpoint(self, version: int = 0) -> None:
@@ -283,7 +286,7 @@ class Generation:
             return
         self.seconds[worker.number] = self.seconds.get(worker.number, 0.0) + timed.seconds
         worker.memory_bytes = timed.memory_bytes
-        self.generator.usage.span([timed])
+        self.generator.usage.span("generate", {worker.number: timed})
         self.generator.meter.busy += timed.seconds
         for number, answers in timed.value:
             position = number - self.orders[0].number

@@ -11,7 +11,7 @@ import os
 import socket
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
@@ -19,6 +19,7 @@ import psutil
 import ray
 
 from actors.watchdog import Limit, keep_stacks_at_hand
+from minigpt_ray.timeline import Mark, Span
 
 if TYPE_CHECKING:
     from actors.placement import Cluster
@@ -171,17 +172,18 @@ class Usage:
     """Of the busiest rank, summed over calls."""
     memory_bytes: int = 0
     """Of all its ranks together."""
-    spans: list[tuple[float, float]] = field(default_factory=list)
-    """Begin and end of every call on every rank, in seconds since the epoch."""
+    spans: list[Span] = field(default_factory=list)
+    """Every call on every rank."""
 
-    def span(self, calls: Sequence[Timed]) -> None:
-        self.spans += [(timed.start, timed.start + timed.seconds) for timed in calls]
+    def span(self, name: str, calls: Mapping[int, Timed]) -> None:
+        """A call, and what it took each rank."""
+        self.spans += [Span(rank, name, timed.start, timed.start + timed.seconds) for rank, timed in calls.items()]
 
 
-def covered_seconds(spans: Sequence[tuple[float, float]]) -> float:
+def covered_seconds(spans: Iterable[Span]) -> float:
     """Length of the union of time spans, which may overlap: how long at least one of them lasted."""
     covered, end = 0.0, -math.inf
-    for start, stop in sorted(spans):
+    for start, stop in sorted((span.start, span.stop) for span in spans):
         covered += max(0.0, stop - max(start, end))
         end = max(end, stop)
     return covered
@@ -215,6 +217,8 @@ class Group(Generic[R]):
         self._build, self._args = build, args
         self._restarts_left, self.restarts = restarts, 0
         self.usage = Usage()
+        self.marks: list[Mark] = []
+        """What happened to its processes, until somebody takes it."""
         self.start()
 
     def start(self) -> None:
@@ -254,7 +258,7 @@ class Group(Generic[R]):
                     refs = submit()
             self.usage.busy_seconds += max(t.seconds for t in timed)
             self.usage.memory_bytes = sum(t.memory_bytes for t in timed)
-            self.usage.span(timed)
+            self.usage.span(method.__name__, dict(enumerate(timed)))
             return [t.value for t in timed]
 
         return Pending(result)
@@ -268,10 +272,15 @@ class Group(Generic[R]):
 
     def restart(self) -> None:
         """End the processes, start new ones and wait until they are ready."""
-        self.restarts += 1
+        self.mark_restart()
         self.close()
         self.start()
         self.ready()
+
+    def mark_restart(self) -> None:
+        """Processes of the role are replaced."""
+        self.restarts += 1
+        self.marks.append(Mark(f"{self.role} restarted", time.time()))
 
     def call(self, method: Callable[Concatenate[R, P], T], *args: P.args, **kwargs: P.kwargs) -> Pending[list[T]]:
         """The method on every rank, with the same arguments; one result per rank."""

@@ -17,6 +17,7 @@ from actors.group import Group, OutOfRestarts, R, has_died
 from actors.placement import Cluster, Place
 from minigpt_ray.config import GeneratorPlacement
 from minigpt_ray.scaling import Requests, refusal
+from minigpt_ray.timeline import Mark
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,7 @@ class Pool(Group[R]):
         for worker in [worker for worker in self.workers if worker.leaving and worker.number not in busy]:
             self._end(worker)
             self.left += 1
+            self.marks.append(Mark(f"{self.role} worker {worker.number} left", time.time()))
             self._say(f"a {self.role} worker has left; workers now: {len(self.workers)}")
 
     def replace(self, worker: Worker, death: Exception) -> None:
@@ -131,7 +133,7 @@ class Pool(Group[R]):
         if self._restarts_left == 0:
             raise OutOfRestarts(self.role, f"{self.role}.restart_limit") from death
         self._restarts_left -= 1
-        self.restarts += 1
+        self.mark_restart()
         logger.warning("%s worker %d died; a new one takes its place, and the others its prompts", self.role, worker.number)
         self._remove(worker)
         self._start(worker.place, newcomer=False)

@@ -108,6 +108,9 @@ class Training:
     def metrics(self, state: TrainingState, batch: RolloutBatch, learnt: Sequence[Mapping[str, float]], timer: Timer) -> dict[str, float]:
         """Progress, rates, and what every role was doing in the step that led to `state`; `learnt` is what policy and critic say of their updates."""
         seconds = sum(s for name, s in timer.seconds.items() if "/" not in name)
+        for role in self.roles:
+            self.tracker.events(role.role, role.usage.spans, role.marks)
+            role.marks = []
         self.rates.peak_flops = self._peak_flops(self.generator.meter.workers)
         updates_per_epoch = self.config.updates_per_step / self.config.algorithm.ppo_epochs
         policy_epochs, critic_epochs = (said.get(f"{role}/updates", 0.0) / updates_per_epoch for role, said in zip(("policy", "critic"), learnt, strict=True))
@@ -141,11 +144,12 @@ class Training:
         """Write the checkpoint of the last whole step, unless it is there."""
         if self.state.step == self._saved:
             return
-        directory = self.ready.checkpoints.begin(self.state.step)
-        gather(self.policy.save(directory), self.critic.save(directory)).result()
-        self.ready.checkpoints.save_state(directory, asdict(self.state))
-        write_resolved(self.config, directory)
-        self.ready.checkpoints.commit(self.state.step)
+        with Timer(self.tracker.phase)("checkpoint"):
+            directory = self.ready.checkpoints.begin(self.state.step)
+            gather(self.policy.save(directory), self.critic.save(directory)).result()
+            self.ready.checkpoints.save_state(directory, asdict(self.state))
+            write_resolved(self.config, directory)
+            self.ready.checkpoints.commit(self.state.step)
         self._saved = self.state.step
 
     def _rewind(self, lost: RoleLost) -> None:
@@ -166,7 +170,7 @@ class Training:
             group.start()
         for group in groups:
             group.ready()
-            group.restarts += 1
+            group.mark_restart()
         self._restore(checkpoint)
         self.tracker.rewind(step)
         self._end_change()

@@ -51,7 +51,7 @@ def train(config: PPOConfig) -> None:
 
         def step(state: TrainingState) -> TrainingState:
             """Collect, compare, learn, publish, log."""
-            timer = Timer()
+            timer = Timer(tracker.phase)
             rollouts, batch, scores, counts = collect(training.prompts, generator, score, config, timer)
             with timer("advantage"):
                 experience, state = make_experience(batch, scores, config.algorithm, state)

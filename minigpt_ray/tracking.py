@@ -17,12 +17,12 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Protocol, SupportsFloat, TextIO
+from typing import Any, Protocol, SupportsFloat, TextIO, runtime_checkable
 
 import numpy as np
 from rich.console import Console
@@ -30,6 +30,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from minigpt_ray.checkpoint import save_batch
 from minigpt_ray.config import LoggingConfig
+from minigpt_ray.status import Status
+from minigpt_ray.timeline import Mark, Span, Timeline
 
 Row = Mapping[str, int | float]
 """Metrics by name."""
@@ -45,6 +47,8 @@ class Timer:
     names without a slash add up to the step.
     """
 
+    entered: Callable[[str], object] = lambda phase: None
+    """Told the name of the phase that is entered, then of the one that it goes back to, empty for none."""
     seconds: dict[str, float] = field(default_factory=dict)
     _open: list[str] = field(default_factory=list)
 
@@ -52,11 +56,13 @@ class Timer:
     def __call__(self, phase: str) -> Iterator[None]:
         self._open.append(phase)
         name, start = "/".join(self._open), time.perf_counter()
+        self.entered(name)
         try:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
             self._open.pop()
+            self.entered("/".join(self._open))
 
     def metrics(self) -> dict[str, float]:
         return {f"time/{name}_s": seconds for name, seconds in self.seconds.items()}
@@ -182,7 +188,8 @@ def _plain(value: Any) -> Any:
 # ---------------------------------------------------------------------------------------------- W&B, TensorBoard
 
 
-class _Sink(Protocol):
+@runtime_checkable
+class Sink(Protocol):
     """Where metrics go besides metrics.jsonl."""
 
     def log(self, step: int, metrics: Row) -> None: ...
@@ -266,12 +273,14 @@ class Tracker:
         resume_step: int = 0,
         *,
         epochs: int = 1,
+        sinks: Sequence[Sink] = (),
         console: Console | None = None,
     ) -> None:
         """Open the files of `directory`.
 
         With resume_step > 0 they go on, cut back to rows with step <= resume_step. Else they begin anew, and those of an
         earlier run are kept beside them as *.previous.jsonl. `epochs` is how many passes over the data `total_steps` are.
+        Metrics go to `sinks` as well.
         """
         directory.mkdir(parents=True, exist_ok=True)
         self.directory, self.total_steps, self.epochs, self.every, self.batches = directory, total_steps, epochs, logging.every, logging.batches
@@ -282,7 +291,10 @@ class Tracker:
             elif path.exists() and path.stat().st_size:
                 path.replace(path.with_suffix(".previous.jsonl"))
         self._open()
-        self._sinks: list[_Sink] = []
+        self.status = Status(directory, stage, resume_step, total_steps)
+        self.timeline = Timeline(directory / "timeline.json", resumed=resume_step > 0) if logging.timeline else None
+        self._phase = ("", 0.0)
+        self._sinks: list[Sink] = list(sinks)
         if logging.wandb != "disabled":
             self._sinks.append(_WandB(directory, stage, config, logging, resumed=resume_step > 0))
         if logging.tensorboard:
@@ -304,6 +316,7 @@ class Tracker:
         return self.directory / "samples.jsonl"
 
     def __enter__(self) -> "Tracker":
+        self.status.__enter__()
         if self._bar is not None:
             self._bar.start()
         return self
@@ -315,6 +328,20 @@ class Tracker:
             sink.close(failed=kind is not None and not issubclass(kind, SystemExit))
         self._metrics.close()
         self._samples.close()
+        self.status.__exit__(kind, error, trace)
+
+    def phase(self, name: str) -> None:
+        """The driver enters a phase; with an empty name it is between two."""
+        before, since = self._phase
+        self._phase = (name, time.time())
+        self.status.phase(name or "between two phases")
+        if before:
+            self.events("driver", [Span(0, before, since, time.time())])
+
+    def events(self, role: str, spans: Iterable[Span] = (), marks: Iterable[Mark] = ()) -> None:
+        """What a role did in the step that is under way, for timeline.json."""
+        if self.timeline is not None:
+            self.timeline.add(role, spans, marks, self.step + 1)
 
     def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Append one row, `{"step", "train/global_step", **metrics}`, and pass it on; a non-finite value is written as null."""
@@ -355,6 +382,7 @@ class Tracker:
 
     def _progress(self, step: int) -> None:
         self.step = step
+        self.status.progress(step)
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 

@@ -89,6 +89,10 @@ class LoggingConfig(Config):
     """Weights & Biases project."""
     tensorboard: bool = False
     """Also write TensorBoard event files (needs the package tensorboard)."""
+    prometheus: bool = False
+    """Also export the newest metrics at Ray's Prometheus endpoint, as ray_minigpt_train_reward and so on; deploy/grafana.json draws them."""
+    timeline: bool = True
+    """Write timeline.json, which https://ui.perfetto.dev opens: every role and phase of every step of PPO, about 10 KB a step."""
     every: PositiveInt = 1
     """Steps between console lines; metrics.jsonl gets every step."""
     samples_per_step: NonNegativeInt = 4

@@ -1,0 +1,182 @@
+"""What a job is doing now: a small file that its driver keeps up to date, and the table that is read from it.
+
+status.json is replaced as a whole when the driver enters another phase, and touched every few seconds while the driver
+lives: its time is the last sign of life, which a driver that was killed cannot give any more.
+"""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+BEAT_SECONDS = 5.0
+"""Between two signs of life."""
+SILENT_SECONDS = 30.0
+"""Without one for so long, a driver counts as gone: a busy disk delays a few."""
+TAIL_BYTES = 1 << 16
+"""Of metrics.jsonl, in which its last rows are looked for."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What status.json holds."""
+
+    stage: str
+    step: int
+    """Steps that are complete."""
+    steps: int
+    began: float
+    """When this process began, in seconds since the epoch."""
+    phase: str = "starting"
+    since: float = 0.0
+    """When the phase began."""
+    end: str = ""
+    """How the job ended; empty while it runs."""
+
+
+class Status:
+    """The file, as the driver writes it. A context manager: signs of life are given within."""
+
+    def __init__(self, directory: Path, stage: str, step: int, steps: int) -> None:
+        self.path = directory / "status.json"
+        now = time.time()
+        self.state = State(stage, step, steps, began=now, since=now)
+        self._over = threading.Event()
+        self._pulse = threading.Thread(target=self._beat, name="status", daemon=True)
+
+    def __enter__(self) -> "Status":
+        self._write()
+        self._pulse.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._over.set()
+        self._pulse.join()
+        stopped = kind is not None and issubclass(kind, SystemExit) and not (error and error.args and error.args[0])
+        self._become(end="finished" if kind is None else "stopped" if stopped else f"failed ({kind.__name__})")
+
+    def phase(self, name: str) -> None:
+        """The driver does something else now."""
+        self._become(phase=name, since=time.time())
+
+    def progress(self, step: int) -> None:
+        """So many steps are complete."""
+        if step != self.state.step:
+            self._become(step=step)
+
+    def _become(self, **changes: Any) -> None:
+        self.state = replace(self.state, **changes)
+        self._write()
+
+    def _write(self) -> None:
+        """Replace the file. It need not survive the machine, so nothing waits for the disk."""
+        part = self.path.with_name(".status.json.partial")
+        part.write_text(json.dumps(asdict(self.state)), encoding="utf-8")
+        os.replace(part, self.path)
+
+    def _beat(self) -> None:
+        while not self._over.wait(BEAT_SECONDS):
+            os.utime(self.path)
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A stage as somebody else finds it."""
+
+    state: State
+    age: float
+    """Seconds since the last sign of life."""
+    row: Mapping[str, float]
+    """The last training row of metrics.jsonl; empty before the first."""
+    processes: Mapping[str, Any]
+    """processes.json: which process of which host is which rank of which role; empty where a stage has none."""
+
+    @property
+    def is_alive(self) -> bool:
+        return not self.state.end and self.age < SILENT_SECONDS
+
+    def sentence(self) -> str:
+        """Where the job is, on a line."""
+        state = self.state
+        place = f"{state.stage}: step {state.step} of {state.steps}"
+        if state.end:
+            return f"{place}, {state.end} {_span(self.age)} ago"
+        if not self.is_alive:
+            return f"{place}, last sign of life {_span(self.age)} ago, in {state.phase}: its driver or its machine is gone; the same command with checkpoint.resume=auto goes on"
+        speed = f", {self.row['train/tokens_per_second']:,.0f} tokens/s, {_span(60 * self.row['train/eta_minutes'])} left" if self.row else ""
+        return f"{place}, {state.phase} for {_span(time.time() - state.since)}{speed}; sign of life {_span(self.age)} ago"
+
+
+def look(run_dir: Path) -> Seen:
+    """The stage of a run that gave the last sign of life; raises FileNotFoundError when none has."""
+    found = sorted(run_dir.glob("*/status.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(f"{run_dir}: no stage of a run has a status.json; give the directory of a run, as in outputs/debug")
+    path = found[-1]
+    state = State(**json.loads(path.read_text(encoding="utf-8")))
+    processes = path.with_name("processes.json")
+    roles = json.loads(processes.read_text(encoding="utf-8")) if processes.exists() else {}
+    return Seen(state, time.time() - path.stat().st_mtime, _last_row(path.with_name("metrics.jsonl")), roles)
+
+
+def status_table(seen: Seen) -> Table:
+    """A line for each process of each role; what is measured of a role as a whole stands in its first."""
+    table = Table(title=seen.sentence(), title_justify="left", caption=_pool(seen.row), caption_justify="left")
+    for name, justify in (("role", "left"), ("rank", "right"), ("host", "left"), ("pid", "right"), ("device", "left")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name in ("GiB", "tokens/s", "idle", "restarts"):
+        table.add_column(name, justify="right")
+    for role, ranks in seen.processes.get("roles", {}).items():
+        for place, rank in enumerate(ranks):
+            measured = _measured(role, seen.row) if place == 0 else ("", "", "", "")
+            table.add_row(role if place == 0 else "", *(str(rank[name]) for name in ("rank", "host", "pid", "device")), *measured)
+    return table
+
+
+def _measured(role: str, row: Mapping[str, float]) -> tuple[str, str, str, str]:
+    """Memory of all processes of a role, response tokens per second in which it computes, idle share, restarts."""
+    if f"time/idle_share/{role}" not in row:
+        return "", "", "", ""
+    idle = row[f"time/idle_share/{role}"]
+    speed = f"{row['train/tokens_per_second'] / (1 - idle):,.0f}" if idle < 1 else ""
+    return f"{row[f'memory/{role}_gib']:.2f}", speed, f"{idle:.0%}", f"{row[f'restarts/{role}']:.0f}"
+
+
+def _pool(row: Mapping[str, float]) -> str:
+    if "pool/generator/workers" not in row:
+        return ""
+    names = ("workers", "joined", "left", "queue_depth")
+    workers, joined, left, depth = (row[f"pool/generator/{name}"] for name in names)
+    return f"generator: {workers:.0f} workers ({joined:.0f} joined, {left:.0f} left), idle {row['pool/generator/idle_share']:.0%}, {depth:.1f} prompts waited"
+
+
+def _last_row(path: Path) -> dict[str, float]:
+    """The last complete training row, without reading a long file."""
+    if not path.exists():
+        return {}
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        tail = file.read()
+    return next((row for row in _rows_from_the_end(tail) if "train/epoch" in row), {})
+
+
+def _rows_from_the_end(tail: bytes) -> Iterator[dict[str, float]]:
+    """Rows in reverse order; the first line may have been cut, and what follows the last newline is being written."""
+    lines = tail.split(b"\n")[:-1]
+    for line in reversed(lines):
+        if line.startswith(b'{"step"'):
+            yield {name: float("nan") if value is None else float(value) for name, value in json.loads(line).items()}
+
+
+def _span(seconds: float) -> str:
+    """`12 s`, `3 min`, `2.5 h`."""
+    return f"{max(0.0, seconds):.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
