@@ -65,6 +65,8 @@ class SupervisedConfig(JobConfig):
     """Share of the examples kept for the validation loss."""
     validation_every: PositiveInt = 100
     """Steps between validation losses."""
+    early_stopping: PositiveInt | None = None
+    """End the run, with the model as it then is, once so many validation losses in a row are not below the lowest before; none: take all steps."""
     checkpoint: CheckpointConfig = CheckpointConfig(every=500)
     """Checkpoints."""
     logging: LoggingConfig = LoggingConfig(every=20)
@@ -80,6 +82,11 @@ class SupervisedConfig(JobConfig):
         return [1.0]
 
     @property
+    def data_from(self) -> str:
+        """The job of this run whose data is read when `files` names none."""
+        return "prepare_data"
+
+    @property
     def reference_from(self) -> str | None:
         """Where the frozen model comes from whose logprobs the loss asks for, as in `init_from`; None: it asks for none."""
         return None
@@ -90,6 +97,8 @@ class SupervisedConfig(JobConfig):
             raise ValueError(f"batch_size={self.batch_size} does not divide among num_workers={self.num_workers}; use a multiple")
         if self.engine.offload_optimizer and self.gpus_per_worker == 0:
             raise ValueError("engine.offload_optimizer=true needs a GPU, but gpus_per_worker=0; set it to false")
+        if self.early_stopping is not None and self.validation_share == 0:
+            raise ValueError(f"early_stopping={self.early_stopping} waits for a validation loss, but validation_share=0 keeps nothing for it; raise it")
         if self.epochs is not None and self.tokens is not None:
             raise ValueError(f"epochs={self.epochs:g} and tokens={self.tokens} both say how long the run is; set one of them to null")
         refuse_plain_bfloat16("engine.", self.engine)
@@ -178,7 +187,9 @@ class PreferencesConfig(SupervisedConfig):
     model: ModelConfig = ModelConfig(init_from="sft")
     """The model to train."""
     files: tuple[Path, ...] = ()
-    """JSON Lines files of {"prompt", "chosen", "rejected"}; none: what prepare_data wrote in this run."""
+    """JSON Lines files of {"prompt", "chosen", "rejected"}; none: what `pairs_from` wrote in this run."""
+    pairs_from: Literal["prepare_data", "generate_preferences"] = "prepare_data"
+    """The job of this run whose preferences.jsonl is read when `files` names none."""
     steps: PositiveInt = 500
     """Optimizer steps, unless `epochs` or `tokens` says how long."""
     batch_size: PositiveInt = 16
@@ -187,6 +198,10 @@ class PreferencesConfig(SupervisedConfig):
     """Tokens in a packed window; a pair has its window with both answers, and a longer one is refused."""
     validation_share: float = Field(default=0.05, ge=0, lt=1)
     """Share of the prompts, with all their pairs, kept for validation."""
+
+    @property
+    def data_from(self) -> str:
+        return self.pairs_from
 
     @model_validator(mode="after")
     def _begins_with_a_model(self) -> "PreferencesConfig":

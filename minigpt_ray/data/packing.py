@@ -21,6 +21,8 @@ class Group:
     """(token ids, True where the loss counts) of each."""
     numbers: Mapping[str, float] = field(default_factory=dict)
     """What else the loss asks for, by name; the same names in all groups."""
+    source: str = ""
+    """Where it comes from, as its row says; empty where it is made of rows of several sources."""
 
     def __len__(self) -> int:
         return sum(len(token_ids) for token_ids, _ in self.segments)

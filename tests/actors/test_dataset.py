@@ -1,13 +1,14 @@
 """Windows are made once, by Ray Data, and say what is in them."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from actors.dataset import Files, StoredWindows, choose_validation, describe, prepare_windows
+from actors.dataset import Files, Sources, StoredWindows, choose_validation, describe, prepare_windows
 from minigpt_ray.config import PretrainConfig, RewardModelConfig, SFTConfig
 from minigpt_ray.data.packing import pack
 from minigpt_ray.data.rows import DataError
@@ -133,6 +134,12 @@ def test_every_token_of_every_document_is_learnt_once(ray_cluster, tokenizer, tm
     expected = Counter(token for text in texts for token in encode_document(tokenizer, text).token_ids[1:].tolist())
     assert found == expected
     assert len(validation) < 0.2 * len(train)
+    held_out = Sources({"": validation}).by_source()
+    assert held_out.keys() == {"even", "odd"} and sorted(np.concatenate(list(held_out.values()))) == list(range(len(validation)))
+    for source, rows in held_out.items():
+        text = tokenizer.decode(validation.token_ids[rows].ravel())
+        assert {int(number) % 2 == 0 for number in re.findall(r"document (\d+) ", text)} == {source == "even"}
+    assert set(Sources({"": train}).by_source()) == {""} and set(Sources({"a": train, "b": validation}).by_source()) == {"a", "b"}
 
 
 @pytest.mark.ray

@@ -13,13 +13,12 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from safetensors.numpy import load_file
 
-from actors.dataset import Sources, describe
+from actors.dataset import Sources, pack_windows
 from actors.group import RankHost
 from actors.reference_logprobs import with_reference
 from actors.reward_model import load_calibration
 from actors.supervised import StageError, SupervisedRank, num_steps, prepare
 from minigpt_ray.config import DPOConfig, MidtrainConfig, PretrainConfig, RewardModelConfig, SFTConfig
-from minigpt_ray.data.packing import pack_groups
 from minigpt_ray.models import TokenLogprobs, build_causal, export, load_causal, load_scalar
 from minigpt_ray.stages import REFERENCE, STAGES, Batch
 from minigpt_ray.tokenizer import load_tokenizer, train_tokenizer
@@ -61,7 +60,7 @@ def build(settings):
         examples = [group for item in stage.read(files.paths, files.only, settings) for group in stage.encode(tokenizer, item, settings)]
         cut = len(examples) // 10
         for part, groups in (("train", examples[cut:]), ("validation", examples[:cut])):
-            parts[part][source] = describe(pack_groups(groups, settings.window), stage.segments)
+            parts[part][source] = pack_windows(groups, settings.window, stage.segments, apart=part == "validation")
     if ready.reference is not None:
         directories = {part: ready.directory / f"{part}-{dist.get_world_size()}" for part in parts}
         for directory in directories.values():
@@ -153,6 +152,20 @@ def test_micro_batches_do_not_change_the_course(run, alone):
     assert courses[0] == pytest.approx(courses[1], rel=1e-4)
 
 
+@pytest.mark.slow
+def test_a_run_ends_once_its_validation_loss_has_not_fallen_for_so_long_and_stays_ended_when_it_goes_on(run, alone):
+    still = {"steps": 20, "validation_every": 1, "optimizer": {"lr": 1e-30}, "early_stopping": 2}
+    worker = build(config(run, **still))
+    waited = {step: rows[-1]["validation/since_lowest"] for step, rows in worker.steps(0)}
+    assert waited == {1: 0, 2: 1, 3: 2} and worker.stops_early and worker.checkpoint_due(3)
+    assert worker.patience.sentence.startswith("early_stopping: ends after step 3, since the validation loss has not fallen below its ")
+    worker.save(3)
+    again = build(config(run, checkpoint={"resume": "auto"}, **still))
+    assert again.restore() == 3 and again.patience == worker.patience and list(again.steps(3)) == []
+    longer = build(config(run, checkpoint={"resume": "auto"}, **still | {"early_stopping": 3}))
+    assert [step for step, _ in longer.steps(longer.restore())] == [4]
+
+
 def not_finite(model, batch, count, config):
     loss, stats = STAGES["sft"].loss(model, batch, count, config)
     return loss * math.nan, stats
@@ -194,6 +207,9 @@ def test_every_stage_goes_on_as_if_it_had_not_been_interrupted(run, alone, stage
     assert not [name for row in rows for name in row if not documented(name)]
     training, last = [row for row in rows if "train/loss" in row], rows[-1]
     assert training[-1]["train/num_tokens_seen"] > training[0]["train/num_tokens_seen"] > 0
+    if stage in ("pretrain", "midtrain"):  # of two sources each
+        losses = [last[f"validation/loss/{source}"] for source in MIX]
+        assert min(losses) < last["validation/loss"] < max(losses)
     if stage == "midtrain":
         by_source = [training[-1][f"train/num_tokens_seen/{source}"] for source in MIX]
         assert min(by_source) > 0 and sum(by_source) == training[-1]["train/num_tokens_seen"]
