@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from actors.generator import Completion, Request
 from minigpt_ray.config import GeneratorConfig, SamplingConfig
-from minigpt_ray.models import TokenLogprobs, load_causal
+from minigpt_ray.models import TokenLogprobs, as_saved, load_causal
 from minigpt_ray.tokenizer import load_tokenizer
 
 T = TypeVar("T")
@@ -24,6 +24,10 @@ class TransformersEngine:
         self.model: PreTrainedModel = load_causal(path, config.dtype).eval().to(self.device)
         self.tokenizer = load_tokenizer(path)
         self.batch_size = config.max_num_seqs
+        self.parameters = dict(self.model.named_parameters())
+        numbered = ((name, torch.arange(p.numel(), device=self.device).view(p.shape)) for name, p in self.parameters.items())
+        self.places = {saved: (name, places) for name, own in numbered for saved, places in as_saved(self.model, [(name, own)])}
+        """Name of a saved tensor -> the parameter that it is a part of, and where in it."""
 
     def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[tuple[int, Completion]]:
         """A completion for each request, with the request's index, batch by batch."""
@@ -75,10 +79,11 @@ class TransformersEngine:
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Replace weights in place; tied ones follow."""
-        parameters = dict(self.model.named_parameters())
         with torch.no_grad():
-            for name, tensor in tensors:
-                parameters[name].copy_(tensor)
+            for saved, tensor in tensors:
+                name, places = self.places[saved]
+                parameter = self.parameters[name]
+                parameter.view(-1)[places.view(-1)] = tensor.reshape(-1).to(self.device, parameter.dtype)
 
     def load_by(self, loader: Callable[..., T], *args: Any) -> list[T]:
         """Call `loader(part, load, *args)`: the model is in this process, in one part."""
