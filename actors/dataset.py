@@ -28,10 +28,10 @@ from transformers import PreTrainedTokenizerBase
 
 from minigpt_ray.config import SupervisedConfig
 from minigpt_ray.data.packing import Group, Windows, pack_groups
+from minigpt_ray.data.prepared import MANIFEST, sha256_of
 from minigpt_ray.data.rows import DataError
 from minigpt_ray.stages import Item, Stage
 
-MANIFEST = "manifest.json"
 NUMBERS = "numbers"
 """Directory of the columns that a stage has besides those of all stages."""
 SOURCE_BYTES = 48
@@ -200,8 +200,7 @@ def fingerprint(stage: Stage, config: SupervisedConfig, files: Files, tokenizer:
     digest = hashlib.sha256(json.dumps(settings).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     for path in files.paths:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(sha256_of(path).encode())
     return digest.hexdigest()[:16]
 
 

@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from actors.dataset import MANIFEST, Sources
+from actors.dataset import Sources
 from actors.engine import schedule
 from actors.supervised import HEADS, num_steps
 from minigpt_ray.cli import read_config
 from minigpt_ray.config import SupervisedConfig
 from minigpt_ray.config.pipeline import STAGE_CONFIGS
 from minigpt_ray.data.mixing import Reading
+from minigpt_ray.data.prepared import MANIFEST
 from minigpt_ray.models import load_causal, load_scalar, resolve_model
 from minigpt_ray.stages import REFERENCE, STAGES, Batch
 

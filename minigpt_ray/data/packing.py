@@ -108,17 +108,6 @@ def window_order(num_windows: int, seed: int, epoch: int) -> Int64[np.ndarray, "
     return np.random.default_rng([seed, epoch]).permutation(num_windows)
 
 
-def windows_for(step: int, rank: int, num_ranks: int, batch_size: int, num_windows: int, seed: int) -> Int64[np.ndarray, "R"]:
-    """Which windows a rank reads in a step, from 0: a function of its arguments alone, so a resumed run skips nothing.
-
-    The ranks' parts, joined in rank order, are the same `batch_size` windows whatever their number; a batch may reach
-    into the next epoch. Assumes that batch_size divides among the ranks and num_windows > 0.
-    """
-    assert batch_size % num_ranks == 0 and num_windows > 0
-    share = batch_size // num_ranks
-    return windows_at(step * batch_size + rank * share + np.arange(share), num_windows, seed)
-
-
 def windows_at(places: Int64[np.ndarray, "R"], num_windows: int, seed: int) -> Int64[np.ndarray, "R"]:
     """Which windows come at these places, from 0, of an endless reading in epochs."""
     epochs, positions = np.divmod(places, num_windows)
