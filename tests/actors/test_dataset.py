@@ -2,10 +2,12 @@
 
 import json
 import re
+import threading
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 
 from actors.dataset import Files, Sources, StoredWindows, choose_validation, describe, prepare_windows
@@ -140,6 +142,42 @@ def test_every_token_of_every_document_is_learnt_once(ray_cluster, tokenizer, tm
         text = tokenizer.decode(validation.token_ids[rows].ravel())
         assert {int(number) % 2 == 0 for number in re.findall(r"document (\d+) ", text)} == {source == "even"}
     assert set(Sources({"": train}).by_source()) == {""} and set(Sources({"a": train, "b": validation}).by_source()) == {"a", "b"}
+
+
+class PeakMemory:
+    """The most memory that this process alone has held, in bytes, above what it held before."""
+
+    def __enter__(self):
+        self.before = self.most = psutil.Process().memory_full_info().uss
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.look)
+        self.thread.start()
+        return self
+
+    def look(self):
+        while not self.ended.wait(0.02):
+            self.most = max(self.most, psutil.Process().memory_full_info().uss)
+
+    def __exit__(self, *error):
+        self.ended.set()
+        self.thread.join()
+
+    @property
+    def growth(self):
+        return self.most - self.before
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_driver_holds_some_blocks_of_documents_and_never_all(ray_cluster, tokenizer, tmp_path):
+    documents_file(tmp_path / "small.jsonl", 100)
+    prepare_documents(tmp_path / "small.jsonl", tokenizer, tmp_path / "windows")  # what libraries take once
+    row = json.dumps({"text": "one of many words " * 50}) + "\n"
+    (tmp_path / "large.jsonl").write_text(row * 16_000)
+    with PeakMemory() as memory:
+        directory = prepare_documents(tmp_path / "large.jsonl", tokenizer, tmp_path / "windows", window=512)
+    stored = sum(path.stat().st_size for path in directory.rglob("*.npy"))
+    assert stored > 120e6 and memory.growth < stored / 3
 
 
 @pytest.mark.ray
