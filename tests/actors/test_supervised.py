@@ -90,6 +90,17 @@ def test_a_window_beyond_the_models_positions_is_refused(run):
         prepare(config(run, window=1024))
 
 
+def test_early_stopping_without_a_validation_loss_is_refused(run):
+    with pytest.raises(ValueError, match="early_stopping=2 waits for a validation loss, but validation_share=0 keeps nothing for it"):
+        config(run, early_stopping=2, validation_share=0)
+
+
+def test_pairs_are_those_of_the_job_that_is_named(run):
+    assert prepare(config(run, "dpo")).sources[""].paths == (run / "r" / "prepare_data" / "preferences.jsonl",)
+    with pytest.raises(StageError, match=r"no data file .*generate_preferences/preferences\.jsonl; run python -m jobs\.generate_preferences run=r"):
+        prepare(config(run, "dpo", pairs_from="generate_preferences"))
+
+
 def test_an_earlier_run_is_never_written_over(run):
     (run / "r" / "sft").mkdir()
     assert prepare(config(run)).start == 0
