@@ -6,8 +6,9 @@ PYTHON ?= python3
 RUN ?= demo
 SEED ?= 0
 BENCH ?=
+BENCH_SUPERVISED ?=
 
-.PHONY: help setup demo test lint unit bench clean
+.PHONY: help setup demo life test lint unit bench clean
 
 help:
 	@grep -E '^# make|^[a-z]+:.*##' Makefile | sed -e 's/^# //' -e 's/:.*## /\t/'
@@ -28,8 +29,13 @@ unit: setup ## pytest
 demo: setup ## prepare, SFT, PPO, evaluate, in less than ten minutes on two cores (RUN=demo SEED=0); goes on where it was stopped
 	.venv/bin/python -m jobs.pipeline configs/demo/pipeline.yaml run=$(RUN) seed=$(SEED)
 
-bench: ## speed and memory of PPO against TRL on quiet cores (BENCH="--rounds 1 --steps 2")
+life: RUN = life
+life: setup ## pretrain, SFT, preference pairs, reward model, DPO, PPO, evaluate: within twenty minutes on two cores (RUN=life SEED=0)
+	.venv/bin/python -m jobs.pipeline configs/life/pipeline.yaml run=$(RUN) seed=$(SEED)
+
+bench: ## on quiet cores: supervised stages against a bare torch loop, PPO against TRL (BENCH_SUPERVISED="--rounds 1" BENCH="--rounds 1 --steps 2")
 	@$(PYTHON) requirements/install.py --bench
+	.venv/bin/python -m benchmarks.supervised_vs_torch $(BENCH_SUPERVISED)
 	.venv/bin/python -m benchmarks.ppo_vs_trl $(BENCH)
 
 clean: ## remove what runs have written

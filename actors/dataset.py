@@ -27,14 +27,17 @@ from numpy.lib import format as npy
 
 from actors.stage_inputs import Files
 from minigpt_ray.config import SupervisedConfig
-from minigpt_ray.data.packing import Windows, pack_groups
+from minigpt_ray.data.packing import Group, Windows, pack_groups
+from minigpt_ray.data.prepared import MANIFEST, sha256_of
 from minigpt_ray.data.rows import DataError
 from minigpt_ray.stages import Item, Stage
 from minigpt_ray.tokenizer import PreTrainedTokenizerBase
 
-MANIFEST = "manifest.json"
 NUMBERS = "numbers"
 """Directory of the columns that a stage has besides those of all stages."""
+SOURCE_BYTES = 48
+LAYOUT = 2
+"""Raised when what is stored changes, so that windows of an earlier layout are made anew."""
 
 
 # ------------------------------------------------------------------------------------------------------ what is stored
@@ -54,6 +57,8 @@ class StoredWindows:
     """(query, key) pairs that attention needs: every token sees itself and what is before it in its segment."""
     num_examples: Int64[np.ndarray, "N"]
     """Examples, or preference pairs."""
+    source: np.ndarray
+    """(N,) of bytes: where all of the window comes from; empty where it may come from anywhere, as in training. Cut after SOURCE_BYTES."""
     numbers: Mapping[str, Float32[np.ndarray, "N W"]] = field(default_factory=dict)
     """What else the loss asks for, by name."""
 
@@ -97,6 +102,20 @@ class Sources:
     @property
     def sizes(self) -> list[int]:
         return [len(part) for part in self.parts.values()]
+
+    def by_source(self) -> dict[str, Int64[np.ndarray, "r"]]:
+        """Rows of each source: by its name in the mix, or where nothing is mixed, by what the rows of the files say."""
+        found: dict[str, np.ndarray] = {}
+        begin = 0
+        for name, part in self.parts.items():
+            own = part.source if not name else np.full(len(part), name.encode())
+            found |= {source.decode(): begin + np.flatnonzero(own == source) for source in np.unique(own)}
+            begin += len(part)
+        return found
+
+    def sample(self, most: int) -> Windows:
+        """So many windows at most, evenly spaced."""
+        return self.take(np.linspace(0, len(self) - 1, min(most, len(self))).astype(np.int64))
 
     def locate(self, rows: Int64[np.ndarray, "R"]) -> Iterator[tuple[str, Int64[np.ndarray, "r"], Int64[np.ndarray, "r"]]]:
         """For every source among the rows: its name, where its rows stand in `rows`, and their numbers within the source."""
@@ -147,7 +166,7 @@ def prepare_windows(stage: Stage, config: SupervisedConfig, files: Files, tokeni
     unfinished = directory / f".{target.name}-{os.getpid()}"
     shutil.rmtree(unfinished, ignore_errors=True)
     for name, part in (("train", [item for i, item in enumerate(items) if i not in held_out]), ("validation", [items[i] for i in sorted(held_out)])):
-        store(unfinished / name, tokenise_and_pack(stage, config, part, tokenizer))
+        store(unfinished / name, tokenise_and_pack(stage, config, part, tokenizer, apart=name == "validation"))
     manifest = {"files": [str(path) for path in files.paths], "source": files.only, "window": config.window, "items": len(items)}
     (unfinished / MANIFEST).write_text(json.dumps(manifest | {"validation_items": len(held_out), "seed": config.seed}, indent=1))
     shutil.rmtree(target, ignore_errors=True)
@@ -166,14 +185,14 @@ def fingerprint(stage: Stage, config: SupervisedConfig, files: Files, tokenizer:
         own,
         files.only,
         stage.block_items,
+        LAYOUT,
         tokenizer.chat_template,
         tokenizer.eos_token,
     ]
     digest = hashlib.sha256(json.dumps(settings).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     for path in files.paths:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(sha256_of(path).encode())
     return digest.hexdigest()[:16]
 
 
@@ -191,21 +210,28 @@ def choose_validation(num_rows: int, share: float, seed: int) -> set[int]:
     return {int(i) for i in np.random.default_rng([seed, 1]).permutation(num_rows)[:count]}
 
 
-def tokenise_and_pack(stage: Stage, config: SupervisedConfig, items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> Iterator[StoredWindows]:
+def tokenise_and_pack(
+    stage: Stage, config: SupervisedConfig, items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, apart: bool
+) -> Iterator[StoredWindows]:
     """Windows of these items, block by block in their order, made on all CPUs of the cluster a few blocks ahead.
 
-    A single block is made here: for it alone, the processes of Ray Data would take longer to start than to work.
+    `apart`: a window holds what is of one source. A single block is made here: for it alone, the processes of Ray Data
+    would take longer to start than to work.
     """
-    yield describe(pack_groups([], config.window))  # the columns' types, also where there are no items
-    blocks = [items[i : i + stage.block_items] for i in range(0, len(items), stage.block_items)]
-    for packed in _pack_in_parallel(stage, config, blocks, tokenizer) if len(blocks) > 1 else (_pack_block(stage, config, b, tokenizer) for b in blocks):
-        if isinstance(packed, DataError):
-            raise packed
-        yield packed
+    yield pack_windows([], config.window, stage.segments, apart)  # the columns' types, also where there are no items
+    starts = range(0, len(items), stage.block_items)
+    if len(starts) > 1:
+        packed = _pack_in_parallel(stage, config, items, tokenizer, apart)
+    else:
+        packed = (_pack_block(stage, config, items, tokenizer, apart) for _ in starts)
+    for block in packed:
+        if isinstance(block, DataError):
+            raise block
+        yield block
 
 
 def _pack_in_parallel(
-    stage: Stage, config: SupervisedConfig, blocks: Sequence[Sequence[Item]], tokenizer: PreTrainedTokenizerBase
+    stage: Stage, config: SupervisedConfig, items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, apart: bool
 ) -> Iterator[StoredWindows | DataError]:
     """What _pack_block makes of each block, by Ray Data."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # else its execution plans stand between a job's lines
@@ -215,15 +241,15 @@ def _pack_in_parallel(
     shared = ray.put(tokenizer)
 
     def pack_block(block: dict[str, Any]) -> dict[str, Any]:
-        return {"packed": pickle.dumps(_pack_block(stage, config, pickle.loads(block["items"]), ray.get(shared)))}
+        return {"packed": pickle.dumps(_pack_block(stage, config, pickle.loads(block["items"]), ray.get(shared), apart))}
 
     # Pickled: Arrow would take items and ragged arrays apart.
-    pickled = [{"items": pickle.dumps(block)} for block in blocks]
-    for result in ray.data.from_items(pickled, override_num_blocks=len(blocks)).map(pack_block).iter_rows():
+    blocks = [{"items": pickle.dumps(items[i : i + stage.block_items])} for i in range(0, len(items), stage.block_items)]
+    for result in ray.data.from_items(blocks, override_num_blocks=len(blocks)).map(pack_block).iter_rows():
         yield pickle.loads(result["packed"])
 
 
-def _pack_block(stage: Stage, config: SupervisedConfig, items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> StoredWindows | DataError:
+def _pack_block(stage: Stage, config: SupervisedConfig, items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, apart: bool) -> StoredWindows | DataError:
     """One block, or what is wrong with its first unusable item: raised here, it would arrive wrapped in a page of frames."""
     groups = []
     try:
@@ -234,11 +260,27 @@ def _pack_block(stage: Stage, config: SupervisedConfig, items: Sequence[Item], t
                 groups.append(group)
     except DataError as error:
         return error
-    return describe(pack_groups(groups, config.window), stage.segments)
+    return pack_windows(groups, config.window, stage.segments, apart)
 
 
-def describe(windows: Windows, segments: int = 1) -> StoredWindows:
-    """Windows and their counts, when an example is so many segments.
+def pack_windows(groups: Sequence[Group], window: int, segments: int = 1, apart: bool = False) -> StoredWindows:
+    """Groups in windows, those of each source in windows of their own if `apart`; an example is so many segments."""
+    if not apart or not groups:
+        return describe(pack_groups(groups, window), segments)
+    of_source: dict[str, list[Group]] = {}
+    for group in groups:
+        of_source.setdefault(group.source, []).append(group)
+    return join([describe(pack_groups(own, window), segments, source) for source, own in of_source.items()])
+
+
+def join(parts: Sequence[StoredWindows]) -> StoredWindows:
+    """The windows of all parts, one after the other."""
+    columns: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS}
+    return StoredWindows(**columns, numbers={name: np.concatenate([part.numbers[name] for part in parts]) for name in parts[0].numbers})
+
+
+def describe(windows: Windows, segments: int = 1, source: str = "") -> StoredWindows:
+    """Windows and their counts, when an example is so many segments, and where all of them come from.
 
     Assumes that the last token of every segment is learnt, so that padding is what follows the last learnt token.
     """
@@ -253,6 +295,7 @@ def describe(windows: Windows, segments: int = 1) -> StoredWindows:
         num_loss_tokens=windows.loss_mask.sum(1, dtype=np.int64),
         num_pairs=np.where(used, windows.position_ids + 1, 0).sum(1, dtype=np.int64),
         num_examples=(used & (windows.position_ids == 0)).sum(1, dtype=np.int64) // segments,
+        source=np.full(len(windows), source.encode()[:SOURCE_BYTES].decode(errors="ignore").encode(), f"S{SOURCE_BYTES}"),
         numbers=windows.numbers,
     )
 

@@ -33,6 +33,8 @@ class Stopped:
     fault: str
     asked: bool = False
     """The driver asked for it; the last step is saved, and there is no model yet."""
+    early: str = ""
+    """What is to be said of a run that has stopped before its last step by itself; its model is there."""
 
 
 class Mailbox:

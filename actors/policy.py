@@ -15,7 +15,7 @@ from actors.weights import TRANSPORTS, Probe, Publication, probe_tokens
 from minigpt_ray.config import AlgorithmConfig, PolicyConfig, PPOConfig
 from minigpt_ray.losses import policy_loss
 from minigpt_ray.model_directory import resolve_model
-from minigpt_ray.models import TokenLogprobs, export, load_causal
+from minigpt_ray.models import TokenLogprobs, as_saved, export, load_causal
 from minigpt_ray.rl.experience import Experience, RolloutBatch
 from minigpt_ray.tokenizer import load_tokenizer
 
@@ -87,7 +87,7 @@ class PolicyRank:
         mask = torch.ones_like(ids, dtype=torch.bool)
         mask[:, 0] = False
         logprobs = self.engine(ids, mask)[0][0, 1:].tolist()
-        weights = self.engine.named_weights(self.model)
+        weights = as_saved(self.model, self.engine.named_weights(self.model))
         if self.rank.index > 0:
             for _ in weights:
                 pass

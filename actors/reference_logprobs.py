@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from actors.dataset import Column, StoredWindows
 from minigpt_ray.config import SupervisedConfig
+from minigpt_ray.data.prepared import sha256_of
 from minigpt_ray.models import TokenLogprobs, load_causal
 from minigpt_ray.stages import REFERENCE, Batch
 
@@ -40,8 +41,7 @@ def _fingerprint(model: str, dtype: str) -> str:
     """Hash of a model directory's weights and shape; of its name, where it is a hub id."""
     digest = hashlib.sha256(dtype.encode())
     for path in sorted(p for p in Path(model).glob("*") if p.suffix == ".safetensors" or p.name == "config.json"):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(sha256_of(path).encode())
     if not Path(model).is_dir():
         digest.update(model.encode())
     return digest.hexdigest()[:16]

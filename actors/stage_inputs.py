@@ -57,7 +57,7 @@ def prepare(config: SupervisedConfig) -> Ready:
     reference = None if config.reference_from is None else resolve_model(config.reference_from, config.run_dir)
     trained = config.stage_dir("prepare_data") / "tokenizer"
     if model is None and config.model.tokenizer is None and not trained.is_dir():
-        raise StageError(f"no tokenizer at {trained}; {_before_this(config)}, or set model.tokenizer or model.init_from")
+        raise StageError(f"no tokenizer at {trained}; {_before_this(config, 'prepare_data')}, or set model.tokenizer or model.init_from")
     tokenizer = model or config.model.tokenizer or str(trained)
     sources = _find_sources(config)
     shape = _shape(model, config.model.preset)
@@ -72,22 +72,22 @@ def prepare(config: SupervisedConfig) -> Ready:
 
 def _find_sources(config: SupervisedConfig) -> dict[str, Files]:
     """The files of every source; a source without files is what the stage's files say is theirs."""
-    common = tuple(path.absolute() for path in config.files) or (config.run_dir / config.default_data,)
+    common = tuple(path.absolute() for path in config.files) or (config.stage_dir(config.data_from) / config.default_data,)
     own = {name: tuple(path.absolute() for path in source.files) for name, source in config.sources.items()}
     sources = {name: Files(paths) if paths else Files(common, only=name or None) for name, paths in own.items()}
     for name, source in sources.items():
         given = f"mix.{name}.files" if name and own[name] else "files" if config.files else ""
         for path in source.paths:
             if not path.is_file():
-                raise StageError(f"no data file {path}; {f'correct {given}' if given else f'{_before_this(config)}, or set files'}")
+                raise StageError(f"no data file {path}; {f'correct {given}' if given else f'{_before_this(config, config.data_from)}, or set files'}")
     return sources
 
 
-def _before_this(config: SupervisedConfig) -> str:
-    return f"run python -m jobs.prepare_data run={config.run} output_dir={config.output_dir} first"
+def _before_this(config: SupervisedConfig, job: str) -> str:
+    return f"run python -m jobs.{job} run={config.run} output_dir={config.output_dir} first"
 
 
-MAY_DIFFER = (*MAY_DIFFER_ON_RESUME, "epochs", "tokens", "cpus_per_worker", "validation_every")
+MAY_DIFFER = (*MAY_DIFFER_ON_RESUME, "epochs", "tokens", "cpus_per_worker", "validation_every", "early_stopping")
 """Fields that a resumed run may change."""
 
 

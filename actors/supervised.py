@@ -16,6 +16,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,18 @@ from minigpt_ray.data.prepared import provenance
 from minigpt_ray.flops import attention_flops, cpu_peak_flops, gpu_peak_flops, head_flops, linear_flops
 from minigpt_ray.model_directory import VALIDATION
 from minigpt_ray.models import TokenLogprobs, TokenValues, build_causal, export, load_causal, load_scalar
-from minigpt_ray.stages import STAGES, Batch
+from minigpt_ray.patience import Patience
+from minigpt_ray.stages import STAGES, Batch, Stage
 from minigpt_ray.tokenizer import load_tokenizer
 from minigpt_ray.tracking import Rates, Timer, Tracker
 
 RESTARTS = 2
 """How often dead workers are replaced, all of them together, before the run stops; they go on from the newest checkpoint."""
 
+SAMPLE = 4096
+"""Windows that a baseline is computed from."""
+MOST_SOURCES = 20
+"""Sources up to which the validation loss is told for each."""
 
 HEADS: dict[str, type[TokenLogprobs] | type[TokenValues]] = {"language": TokenLogprobs, "scalar": TokenValues}
 """Stage.head -> what its loss is given as `model`."""
@@ -86,6 +92,7 @@ def fit(ready: Ready) -> Path:
         if not size:
             raise StageError(f"{'mix.' + name if name else 'files'}: no document or answer is long enough to learn from; give more data or remove the source")
     steps = num_steps(config, windows)
+    baseline = _baseline(stage, windows, Sources.load(stored, "validation"))
     write_resolved(config, ready.directory)
     epochs = -(-steps * config.batch_size // len(windows))
     with Tracker(ready.directory, stage.name, resolved(config), config.logging, steps, ready.start, epochs=epochs) as tracker:
@@ -94,6 +101,8 @@ def fit(ready: Ready) -> Path:
             f"{stage.name} {beginning}: {len(windows):,} windows of {config.window} tokens, {config.batch_size} a step, {config.num_workers} workers"
         )
         tracker.message(f"data: {provenance(path for files in ready.sources.values() for path in files.paths)}")
+        if baseline and not ready.start:
+            tracker.log(0, baseline)
         mailbox: Any = ray.remote(Mailbox).options(num_cpus=0, runtime_env=environment(1)).remote()  # type: ignore[call-overload]
         with ThreadPoolExecutor(1) as threads:
             delivery = threads.submit(_deliver, mailbox, tracker)
@@ -110,8 +119,17 @@ def fit(ready: Ready) -> Path:
         if stopped.asked:
             tracker.message(f"SIGTERM: step {tracker.step} is saved; checkpoint.resume=auto goes on from there")
             raise SystemExit(0)
+        if stopped.early:
+            tracker.message(stopped.early)
         tracker.message(f"the model is in {ready.directory / 'model'}")
     return ready.directory / "model"
+
+
+def _baseline(stage: Stage, train: Sources, validation: Sources) -> dict[str, float]:
+    """What the validation's metrics have to be better than; empty where nothing is known or there is no validation."""
+    if stage.baseline is None or not len(validation):
+        return {}
+    return {f"validation/{name}": value for name, value in stage.baseline(train.sample(SAMPLE), validation.sample(SAMPLE)).items()}
 
 
 class _Trainer(TorchTrainer):
@@ -188,7 +206,7 @@ def train(ready: Ready, stored: Mapping[str, Path], mailbox: Any) -> None:
                 if sender:
                     sender.settle()  # a checkpoint never knows a step that metrics.jsonl does not
                 worker.save(step)
-            if end and step < worker.num_steps:
+            if end and step < worker.num_steps and not worker.stops_early:
                 if sender:
                     sender.stop(Stopped("", asked=True))
                 return
@@ -199,6 +217,8 @@ def train(ready: Ready, stored: Mapping[str, Path], mailbox: Any) -> None:
     worker.export()
     if sender:
         sender.settle()
+        if worker.stops_early:
+            sender.stop(Stopped("", early=worker.patience.sentence))
 
 
 def settle_in(config: SupervisedConfig) -> None:
@@ -225,6 +245,7 @@ class SupervisedRank:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.ready, self.config, self.stage = ready, config, STAGES[config.stage]
         self.windows, self.validation = windows, validation
+        self.validation_rows = {source: rows for source, rows in validation.by_source().items() if self._count_held_out(rows)}
         self.tokenizer = load_tokenizer(ready.tokenizer)
         self.model = self._model()
         if config.engine.activation_checkpointing:
@@ -236,6 +257,7 @@ class SupervisedRank:
         self.rows_per_micro_batch = max(1, config.engine.micro_batch_tokens // config.window)
         self.num_tokens_seen = dict.fromkeys(windows.parts, 0)
         self.validated: dict[str, float] = {}
+        self.patience = Patience()
         self.shape = ready.shape
         self.rates = Rates(self.num_steps, self._peak_flops())
 
@@ -251,11 +273,20 @@ class SupervisedRank:
         Raises FloatingPointError when a loss or gradient is not finite; no update was applied then.
         """
         for step in range(start, self.num_steps):
+            if self.stops_early:
+                return
             rows = [self._train(step)]
-            if len(self.validation) and ((step + 1) % self.config.validation_every == 0 or step + 1 == self.num_steps):
+            if self.validation_rows and ((step + 1) % self.config.validation_every == 0 or step + 1 == self.num_steps):
                 self.validated = self._validate()
-                rows.append(self.validated)
+                self.patience = self.patience.after(step + 1, self.validated["validation/loss"])
+                waited = {"validation/since_lowest": self.patience.since} if self.config.early_stopping else {}
+                rows.append(self.validated | waited)
             yield step + 1, rows
+
+    @property
+    def stops_early(self) -> bool:
+        """The validation loss has not fallen for as long as the run is to wait; the same on every rank."""
+        return self.config.early_stopping is not None and self.patience.since >= self.config.early_stopping
 
     def _train(self, step: int) -> dict[str, float]:
         config, timer = self.config, Timer()
@@ -292,22 +323,32 @@ class SupervisedRank:
         }
 
     def _validate(self) -> dict[str, float]:
-        """Loss of all validation windows; every rank makes as many forwards, if need be of windows that count for nothing."""
+        """Metrics of all validation windows, and the loss of each source where there are several."""
         self.model.eval()
-        count = sum(self.validation.count(self.stage.mean_over).values())
+        found = {source: self._mean_stats(rows) for source, rows in self.validation_rows.items()}
+        counts = {source: self._count_held_out(rows) for source, rows in self.validation_rows.items()}
+        total = sum(counts.values())
+        stats = {name: sum(found[source][name] * count / total for source, count in counts.items()) for name in next(iter(found.values()))}
+        by_source = {f"loss/{source}": stats["loss"] for source, stats in found.items() if source} if 1 < len(found) <= MOST_SOURCES else {}
+        return {f"validation/{name}": value for name, value in (self.stage.metrics(stats) | by_source).items()}
+
+    def _mean_stats(self, rows: np.ndarray) -> dict[str, float]:
+        """Statistics of the loss on these validation windows; every rank makes as many forwards, if need be of windows that count for nothing."""
+        count = self._count_held_out(rows)
         per_round = self.world * self.rows_per_micro_batch
         stats: dict[str, torch.Tensor] = {}
-        for begin in range(0, len(self.validation), per_round):
-            places = begin + self.rank * self.rows_per_micro_batch + np.arange(self.rows_per_micro_batch)
-            places = places[places < len(self.validation)]
-            windows = self.validation.take(places if len(places) else np.zeros(1, np.int64))
-            batch = Batch.of(windows, self.engine.device)
+        for begin in range(0, len(rows), per_round):
+            places = rows[begin + self.rank * self.rows_per_micro_batch :][: self.rows_per_micro_batch]
+            batch = Batch.of(self.validation.take(places if len(places) else rows[:1]), self.engine.device)
             if not len(places):
                 batch.loss_mask.zero_()
             with torch.no_grad():
                 _, parts = self.stage.loss(self.engine.engine, batch, count, self.config)
             stats = {name: stats.get(name, torch.zeros((), device=self.engine.device)) + part for name, part in parts.items()}
-        return {f"validation/{name}": value for name, value in self.stage.metrics(all_reduce_sum(stats)).items()}
+        return all_reduce_sum(stats)
+
+    def _count_held_out(self, rows: np.ndarray) -> int:
+        return sum(self.validation.count(self.stage.mean_over, rows).values())
 
     def _count(self, column: str, rows: np.ndarray) -> int:
         return sum(self.windows.count(column, rows).values())
@@ -336,7 +377,7 @@ class SupervisedRank:
         return bool(answer)
 
     def checkpoint_due(self, step: int) -> bool:
-        return step % self.config.checkpoint.every == 0 or step == self.num_steps
+        return step % self.config.checkpoint.every == 0 or step == self.num_steps or self.stops_early
 
     def restore(self) -> int:
         """Go on from the newest checkpoint; returns its step, 0 when there is none."""
@@ -347,6 +388,7 @@ class SupervisedRank:
         self.engine.load(found[0] / "engine")
         state = self.ready.checkpoints.load_state(found[0])
         self.num_tokens_seen, self.validated = state["num_tokens_seen"], state["validated"]
+        self.patience = Patience(**state["patience"])
         return self.ready.checkpoints.step_of(found[0])
 
     def save(self, step: int) -> None:
@@ -358,7 +400,8 @@ class SupervisedRank:
         self.engine.save(begun[0] / "engine")
         dist.barrier()
         if self.rank == 0:
-            checkpoints.save_state(begun[0], {"step": step, "num_tokens_seen": self.num_tokens_seen, "validated": self.validated})
+            state = {"step": step, "num_tokens_seen": self.num_tokens_seen, "validated": self.validated, "patience": asdict(self.patience)}
+            checkpoints.save_state(begun[0], state)
             write_resolved(self.config, begun[0])
             checkpoints.commit(step)
         dist.barrier()

@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from actors.generator_worker import Completion, Key, Request
 from minigpt_ray.config import GeneratorConfig, SamplingConfig
-from minigpt_ray.models import TokenLogprobs, load_causal
+from minigpt_ray.models import TokenLogprobs, as_saved, load_causal
 from minigpt_ray.tokenizer import load_tokenizer
 
 T = TypeVar("T")
@@ -25,6 +25,10 @@ class TransformersEngine:
         self.tokenizer = load_tokenizer(path)
         self.batch_size = config.max_num_seqs
         self._waiting: dict[Key, tuple[Request, SamplingConfig]] = {}
+        self.parameters = dict(self.model.named_parameters())
+        numbered = ((name, torch.arange(p.numel(), device=self.device).view(p.shape)) for name, p in self.parameters.items())
+        self.places = {saved: (name, places) for name, own in numbered for saved, places in as_saved(self.model, [(name, own)])}
+        """Name of a saved tensor -> the parameter that it is a part of, and where in it."""
 
     def submit(self, key: Key, request: Request, sampling: SamplingConfig) -> None:
         """Take a request; it is begun after those that came before it."""
@@ -89,10 +93,11 @@ class TransformersEngine:
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Replace weights in place; tied ones follow."""
-        parameters = dict(self.model.named_parameters())
         with torch.no_grad():
-            for name, tensor in tensors:
-                parameters[name].copy_(tensor)
+            for saved, tensor in tensors:
+                name, places = self.places[saved]
+                parameter = self.parameters[name]
+                parameter.view(-1)[places.view(-1)] = tensor.reshape(-1).to(self.device, parameter.dtype)
 
     def load_by(self, loader: Callable[..., T], *args: Any) -> list[T]:
         """Call `loader(part, load, *args)`: the model is in this process, in one part."""

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 import vllm._custom_ops
 from torch import Tensor
+from torch.nn import functional
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
@@ -21,6 +23,34 @@ from minigpt_ray.config import GeneratorConfig, SamplingConfig
 # With oneDNN, vLLM on CPU packs linear weights into a private format, and a tied output head keeps the packed copy of
 # old weights after an update, silently. Without it the parameters stay live; at this size the speed is the same.
 vllm._custom_ops._supports_onednn = False
+
+
+def _keep_as_loaded(experts: CPUUnquantizedExperts, layer: torch.nn.Module) -> None:
+    """What replaces the packing of experts into a private format, into which no later weights could be loaded."""
+
+
+def _apply_as_loaded(
+    experts: CPUUnquantizedExperts,
+    output: Tensor,
+    hidden_states: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    *unused: Any,
+    **named: Any,
+) -> None:
+    """Each token through its experts, weighted, into `output`; w1 holds gate and up of every expert, w2 down."""
+    output.zero_()
+    for expert in topk_ids.unique().tolist():
+        tokens, places = (topk_ids == expert).nonzero(as_tuple=True)
+        gate, up = functional.linear(hidden_states[tokens], w1[expert]).chunk(2, dim=-1)
+        found = functional.linear(functional.silu(gate) * up, w2[expert])
+        output.index_add_(0, tokens, found * topk_weights[tokens, places, None].to(found.dtype))
+
+
+CPUUnquantizedExperts.process_weights_after_loading = _keep_as_loaded
+CPUUnquantizedExperts.apply = _apply_as_loaded
 
 
 T = TypeVar("T")

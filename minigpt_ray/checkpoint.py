@@ -78,15 +78,6 @@ class Checkpoints:
         """The step of a committed checkpoint."""
         return int(path.name.removeprefix("step-"))
 
-    def set_aside(self) -> Path | None:
-        """Move all checkpoints to `<directory>.previous`, in place of what is there; None when there are none."""
-        if not self.steps():
-            return None
-        previous = self.directory.with_name(f"{self.directory.name}.previous")
-        if previous.exists():
-            shutil.rmtree(previous)
-        return self.directory.rename(previous)
-
     def latest(self) -> Path | None:
         """The newest checkpoint whose files are as they were written; a damaged one is reported and passed over."""
         steps = self.steps()

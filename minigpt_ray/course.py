@@ -11,6 +11,7 @@ from minigpt_ray.tracking import read_metrics
 
 HEADLINES = {
     "validation/perplexity": "perplexity {:.2f}",
+    "validation/unigram_perplexity": "unigrams {:.2f}",
     "validation/accuracy": "accuracy {:.1%} on held-out pairs",
     "validation/margin": "margin {:.2f}",
     "eval/accuracy": "exact match {:.1%}",
@@ -20,21 +21,22 @@ HEADLINES = {
 
 
 def course_table(run_dir: Path, fates: Mapping[str, str], seconds: Mapping[str, float]) -> Table:
-    """A row for each stage: what happened, how long it took, and what it came to."""
-    table = Table("stage", "", "time", "outcome")
+    """A row for each stage: what happened, how long it took, and what it came to, with what evaluate found out about its model."""
+    evaluated = _read(results) if "evaluate" in fates and (results := run_dir / "evaluate" / "results.json").exists() else {}
+    table = Table("stage", "", "time", "outcome on held-out data")
     for name, fate in fates.items():
         took = seconds.get(name, 0.0)
-        table.add_row(name, fate, f"{took // 60:.0f} min {took % 60:.0f} s", outcome(run_dir / name))
+        table.add_row(name, fate, f"{took // 60:.0f} min {took % 60:.0f} s", outcome(run_dir / name, evaluated.get(name, {})))
     return table
 
 
-def outcome(directory: Path) -> str:
-    """The last held-out numbers that a stage logged; for prepare_data the rows it wrote; for evaluate the accuracy of every model."""
+def outcome(directory: Path, evaluated: Mapping[str, float]) -> str:
+    """The last held-out numbers that a stage logged, and those of `evaluated`; for the data jobs the rows they wrote; for evaluate the accuracy of every model."""
     if (results := directory / "results.json").exists():
         return ", ".join(f"{model} {row['eval/accuracy']:.1%}" for model, row in _read(results).items() if "eval/accuracy" in row)
     if (metrics := directory / "metrics.jsonl").exists():
         last: dict[str, float] = {}
-        for row in read_metrics(metrics):
+        for row in (*read_metrics(metrics), evaluated):
             last |= row
         return ", ".join(text.format(last[name]) for name, text in HEADLINES.items() if name in last)
     if (manifest := directory / "manifest.json").exists():

@@ -128,10 +128,10 @@ def activation_bytes(shape: ModelShape, tokens: int, dtype: str, *, training: bo
     """Bytes that a forward (and backward) over so many tokens holds, attention scores never being stored.
 
     A layer keeps per token its input, two norms, queries, keys and values before and after their rotation, the attention's
-    output, and four values of the feed-forward width. Logits are float32, with their log-softmax and, in training, gradient.
+    output, and four values of the feed-forward width for each expert that a token passes. Logits are float32, with their log-softmax and, in training, gradient.
     """
     heads = shape.head_dim * (shape.num_heads + 2 * shape.num_kv_heads)
-    layer = (6 * shape.hidden_size + 3 * heads + 4 * shape.intermediate_size) * tokens * BYTES[dtype]
+    layer = (6 * shape.hidden_size + 3 * heads + 4 * shape.intermediate_size * shape.experts_per_token) * tokens * BYTES[dtype]
     residual = shape.hidden_size * tokens * BYTES[dtype]
     kept = layer if not training else shape.num_layers * residual + layer if checkpointing else shape.num_layers * layer
     return float(kept + (tokens * (shape.vocab_size or 0) * 4 * (3 if training else 2) if logits else 0))

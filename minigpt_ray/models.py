@@ -3,6 +3,7 @@
 Stock Hugging Face architectures, so that vLLM and `AutoModelForCausalLM.from_pretrained` load an export as it is.
 """
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import cast
 
@@ -10,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, logging
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from minigpt_ray.losses import align, token_values
@@ -59,6 +61,15 @@ def load_scalar(path: str, dtype: str, seed: int | None) -> PreTrainedModel:
         with torch.no_grad():
             model.score.weight.copy_(head)
     return model
+
+
+def as_saved(model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Weights under the names, and in the pieces, that save_pretrained writes and other programs read.
+
+    transformers keeps the experts of a layer in one tensor; each is written by itself.
+    """
+    for name, tensor in weights:
+        yield from revert_weight_conversion(model, {name: tensor}).items()
 
 
 class TokenLogprobs(nn.Module):

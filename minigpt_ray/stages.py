@@ -7,7 +7,7 @@ class of its configuration.
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -92,6 +92,8 @@ class Stage:
     """Fields of the config that the windows depend on, besides those that every stage has."""
     belongs_to: Callable[[Any], Any] | None = None
     """Items with the same value are kept for validation together; None: each by itself."""
+    baseline: Callable[[Windows, Windows], dict[str, float]] | None = None
+    """(training windows, validation windows) -> what there is to be better than, to stand beside the validation's metrics."""
 
 
 # ------------------------------------------------------------------------------------------------------ documents
@@ -104,10 +106,22 @@ def read_stretches(files: Sequence[Path], source: str | None, config: DocumentsC
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, stretch: Stretch, config: DocumentsConfig) -> list[Group]:
     """Every token of every document is learnt, but the first, and those that end documents too; long documents go on in other windows."""
-    found = [encode_document(tokenizer, document.text) for document in documents.read(stretch)]
+    found = [(encode_document(tokenizer, document.text), document.source) for document in documents.read(stretch)]
     if config.attend_across_documents and found:
-        found = [Example(*(np.concatenate(parts) for parts in zip(*found, strict=True)))]
-    return [Group((piece,)) for example in found for piece in split(example, config.window)]
+        examples, sources = zip(*found, strict=True)
+        found = [(Example(*(np.concatenate(parts) for parts in zip(*examples, strict=True))), sources[0] if len(set(sources)) == 1 else "")]
+    return [Group((piece,), source=source) for example, source in found for piece in split(example, config.window)]
+
+
+def unigrams(train: Windows, validation: Windows) -> dict[str, float]:
+    """Perplexity of the validation's learnt tokens to one who knows how frequent each token is in training, and nothing of what stands before it.
+
+    Every token counts once more than it occurs, so that none is impossible.
+    """
+    size = 1 + max(int(train.token_ids.max()), int(validation.token_ids.max()))
+    seen, asked = (np.bincount(windows.token_ids[windows.loss_mask], minlength=size) for windows in (train, validation))
+    logprobs = np.log((seen + 1) / (seen + 1).sum())
+    return {"unigram_perplexity": float(np.exp(-(asked @ logprobs) / max(1, asked.sum())))}
 
 
 # --------------------------------------------------------------------------------------------------- conversations
@@ -134,7 +148,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, messages: Messages, place: str) 
 
 
 def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, config: SFTConfig) -> list[Group]:
-    return [Group((encode_demonstration(tokenizer, row),))]
+    return [Group((encode_demonstration(tokenizer, row),), source=row.source)]
 
 
 def next_token_loss(model: nn.Module, batch: Batch, num_tokens: int, config: SupervisedConfig) -> tuple[Float[Tensor, ""], Stats]:
@@ -168,14 +182,14 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, pair: Pair, config: Supervis
         token_ids, learnt = _encode(tokenizer, (*pair.prompt, *turns), pair.place)
         return Example(token_ids, learnt & (np.arange(len(token_ids)) >= begin))
 
-    return [Group((answer(pair.chosen), answer(pair.rejected)))]
+    return [Group((answer(pair.chosen), answer(pair.rejected)), source=pair.source)]
 
 
 def encode_ranked(tokenizer: PreTrainedTokenizerBase, pair: Pair, config: RewardModelConfig) -> list[Group]:
     """As encode_pair, but the last token of each answer alone counts: the reward is read there."""
     (group,) = encode_pair(tokenizer, pair, config)
     last = tuple(Example(ids, np.arange(len(ids)) == len(ids) - 1) for ids, _ in group.segments)
-    return [Group(last, {"margin": pair.margin})]
+    return [replace(group, segments=last, numbers={"margin": pair.margin})]
 
 
 def of_answers(batch: Batch, values: Float[Tensor, "B W"]) -> tuple[Float[Tensor, "P"], Float[Tensor, "P"]]:
@@ -239,7 +253,7 @@ def with_spread(stats: Mapping[str, float]) -> dict[str, float]:
 
 # ---------------------------------------------------------------------------------------------------------- stages
 
-OF_DOCUMENTS: dict[str, Any] = {"block_items": 16, "settings": ("attend_across_documents",)}
+OF_DOCUMENTS: dict[str, Any] = {"block_items": 4, "settings": ("attend_across_documents",), "baseline": unigrams}
 OF_PAIRS: dict[str, Any] = {"mean_over": "num_examples", "segments": 2, "belongs_to": prompt_of}
 
 STAGES = {

@@ -1,17 +1,27 @@
 """What benchmarks measure is what they say: lengths of prompts and responses, memory that processes share."""
 
 import itertools
+import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from actors.dataset import pack_windows, store
 from benchmarks.inputs import PROMPT_TOKENS, WORKLOADS, countdown, endless, prompt_numbers, word, words_tokenizer
 from benchmarks.prepare_data import documents
 from benchmarks.processes import BenchmarkError, watch
-from minigpt_ray.tokenizer import encode_prompt
+from benchmarks.supervised_inputs import write_inputs as write_supervised
+from benchmarks.supervised_vs_torch import Arrivals
+from benchmarks.torch_loop import main as torch_loop
+from minigpt_ray.cli import write_resolved
+from minigpt_ray.config import SFTConfig
+from minigpt_ray.config.supervised import ModelConfig
+from minigpt_ray.stages import STAGES
+from minigpt_ray.tokenizer import encode_prompt, load_tokenizer
 
 
 def test_natural_lengths_have_a_mean_of_48_and_spread_more_than_5_to_1() -> None:
@@ -60,6 +70,30 @@ def test_memory_that_processes_share_counts_once(tmp_path: Path) -> None:
 def test_a_program_that_fails_ends_the_benchmark_with_its_log(tmp_path: Path) -> None:
     with pytest.raises(BenchmarkError, match=r"ended with code 3; its output is in .*log"):
         watch([sys.executable, "-c", "raise SystemExit(3)"], {}, tmp_path / "log", tmp_path / "none", "row")
+
+
+def test_the_bare_loop_learns_from_the_windows_of_a_stage(tmp_path: Path) -> None:
+    write_supervised(tmp_path / "r", preset="nano", rows=30)
+    config = SFTConfig(run="r", output_dir=tmp_path, model=ModelConfig(init_from="start"), steps=6, batch_size=4, window=256)
+    directory, tokenizer = config.stage_dir("sft"), load_tokenizer(tmp_path / "r" / "start" / "model")
+    write_resolved(config, directory)
+    items = STAGES["sft"].read([tmp_path / "r" / "prepare_data" / "demonstrations.jsonl"], None, config)
+    windows = pack_windows([group for item in items for group in STAGES["sft"].encode(tokenizer, item, config)], config.window)
+    store(directory / "windows" / "made" / "train", [windows])
+    (directory / "windows" / "made" / "manifest.json").touch()
+    torch_loop(directory, steps=6)
+    rows = json.loads((directory / "torch_loop.json").read_text())
+    assert rows[0]["loss"] == pytest.approx(np.log(1024), abs=0.5) and rows[-1]["loss"] < rows[0]["loss"]
+    assert all(0 < row["tokens"] <= 4 * 256 and row["seconds"] > 0 for row in rows)
+
+
+def test_a_row_is_timed_when_it_comes(tmp_path: Path) -> None:
+    with Arrivals(tmp_path / "metrics.jsonl") as arrivals, (tmp_path / "metrics.jsonl").open("w", buffering=1) as file:
+        for step in (1, 2, 3):
+            time.sleep(0.2)
+            file.write(json.dumps({"step": step, "train/loss": 1.0}) + "\n")
+        time.sleep(0.1)
+    assert list(arrivals.at) == [1, 2, 3] and 0.3 < arrivals.at[3] - arrivals.at[1] < 0.6
 
 
 def test_of_the_documents_to_prepare_every_20th_is_a_duplicate_and_every_20th_nearly_one() -> None:

@@ -44,16 +44,6 @@ def test_the_oldest_go_once_a_new_one_is_complete(tmp_path):
     assert checkpoints.steps() == [10, 1_000_000]
 
 
-def test_setting_aside_keeps_one_earlier_run(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "checkpoint", keep=2)
-    assert checkpoints.set_aside() is None
-    for step in (10, 20):
-        assert checkpoints.step_of(save(checkpoints, step)) == step
-        assert checkpoints.set_aside() == tmp_path / "checkpoint.previous"
-        assert checkpoints.latest() is None
-    assert names(tmp_path / "checkpoint.previous") == ["step-000020"]
-
-
 def test_begin_empties_what_a_killed_process_left(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     (checkpoints.begin(3) / "stale").write_text("x")

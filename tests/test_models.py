@@ -3,11 +3,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from minigpt_ray.model_directory import resolve_model
-from minigpt_ray.models import TokenLogprobs, TokenValues, build_causal, export, load_causal, load_scalar
+from minigpt_ray.models import TokenLogprobs, TokenValues, as_saved, build_causal, export, load_causal, load_scalar
 from minigpt_ray.tokenizer import load_tokenizer, train_tokenizer
 
 
@@ -16,7 +17,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return train_tokenizer(["hello"], 260)
 
 
-@pytest.fixture(scope="module", params=["nano", "llama-nano"])
+@pytest.fixture(scope="module", params=["nano", "llama-nano", "qwen3-moe-nano"])
 def model(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     return build_causal(request.param, tokenizer, seed=0).eval()
 
@@ -64,6 +65,14 @@ def test_an_export_loads_as_it_is_and_says_the_same(model: PreTrainedModel, toke
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert load_tokenizer(tmp_path).get_vocab() == tokenizer.get_vocab()
     assert load_tokenizer(tmp_path).chat_template == tokenizer.chat_template
+
+
+def test_published_weights_have_the_names_and_values_of_the_export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    export(model, tokenizer, tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
+    published = dict(as_saved(model, model.named_parameters()))
+    assert published.keys() == written.keys()
+    assert all(torch.equal(published[name], written[name]) for name in written)
 
 
 def test_a_scalar_head_on_a_language_model_keeps_the_trunk_and_is_seeded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from minigpt_ray.presets import ARCHITECTURES, PRESETS, ModelShape
 # Head sizes that vLLM's attention on CPU supports.
 VLLM_CPU_HEAD_SIZES = {32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512}
 
-NOMINAL_MILLIONS = {"nano": 0.095, "0.4m": 0.386, "1m": 1.25, "2m": 1.8, "3m": 3.2, "26m": 26, "104m": 104, "0.5b": 510}
+NOMINAL_MILLIONS = {"qwen3-moe-nano": 0.144, "nano": 0.095, "0.4m": 0.386, "1m": 1.25, "2m": 1.8, "3m": 3.2, "26m": 26, "104m": 104, "0.5b": 510}
 
 
 def hf_config(shape: ModelShape, vocab_size: int) -> PreTrainedConfig:
@@ -43,8 +43,8 @@ def test_num_parameters_knows_every_architecture_and_an_untied_head(architecture
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_has_the_size_that_its_name_says(name: str) -> None:
-    size = name.rsplit("-", 1)[-1]
-    vocab_size = 320 if size in ("nano", "0.4m", "1m", "2m", "3m") else 6400
+    size = name if name in NOMINAL_MILLIONS else name.rsplit("-", 1)[-1]
+    vocab_size = 320 if size in ("qwen3-moe-nano", "nano", "0.4m", "1m", "2m", "3m") else 6400
     assert PRESETS[name].num_parameters(vocab_size) / 1e6 == pytest.approx(NOMINAL_MILLIONS[size], rel=0.02)
 
 
@@ -60,6 +60,22 @@ def test_shape_survives_a_saved_config_json(name: str, tmp_path: Path) -> None:
     shape = ModelShape.from_config_json(tmp_path / "config.json")
     assert shape.num_parameters() == PRESETS[name].num_parameters(320)
     assert {**shape.to_hf(), "vocab_size": None} == {**PRESETS[name].to_hf(), "vocab_size": None}
+
+
+def test_a_token_passes_two_of_four_experts_and_the_router() -> None:
+    """Hidden 64, 2 heads and 1 key head of 32, experts 64 wide, 2 layers."""
+    shape = PRESETS["qwen3-moe-nano"]
+    attention, expert, router = 64 * 32 * 6, 3 * 64 * 64, 64 * 4
+    assert shape.matrix_parameters == 2 * (attention + router + 2 * expert)
+    assert shape.num_parameters(320) - shape.matrix_parameters == 320 * 64 + 64 + 2 * (2 * expert + 2 * 64 + 2 * 32)
+
+
+def test_experts_in_some_layers_only_are_refused_with_their_file(tmp_path: Path) -> None:
+    config = hf_config(PRESETS["qwen3-moe-nano"], 320)
+    config.mlp_only_layers = [0]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"config\.json: some layers have experts and others none"):
+        ModelShape.from_config_json(tmp_path / "config.json")
 
 
 def test_fields_that_older_files_leave_out_follow_from_the_others(tmp_path: Path) -> None:

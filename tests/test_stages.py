@@ -51,6 +51,14 @@ def test_a_row_without_an_answer_is_refused_with_its_place(tokenizer):
         encode_demonstration(tokenizer, Row(({"role": "user", "content": "hello"},), "test", None, "test.jsonl:1"))
 
 
+def test_unigrams_by_hand():
+    def windows(*ids):
+        return pack([(np.array(ids, np.int32), np.array([False] + [True] * (len(ids) - 1)))], 4)
+
+    assert STAGES["pretrain"].baseline(windows(1, 1, 2), windows(0, 2)) == {"unigram_perplexity": pytest.approx(5 / 2)}
+    assert STAGES["pretrain"].baseline(windows(0, 0), windows(0, 3)) == {"unigram_perplexity": pytest.approx(5)}
+
+
 def test_packed_logprobs_are_those_of_each_example_alone(model, examples):
     windows = pack(examples, 160)
     assert len(windows) < len(examples)

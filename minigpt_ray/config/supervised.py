@@ -37,7 +37,7 @@ class SupervisedConfig(JobConfig):
     stage: ClassVar[str]
     """Key of STAGES in minigpt_ray/stages.py."""
     default_data: ClassVar[str]
-    """Where its data is when the configuration names no files, below the run directory."""
+    """The file of its data when the configuration names none, in the directory of the job that `data_from` names."""
 
     model: ModelConfig = ModelConfig()
     """The model to train."""
@@ -67,6 +67,8 @@ class SupervisedConfig(JobConfig):
     """Share of the examples kept for the validation loss."""
     validation_every: PositiveInt = 100
     """Steps between validation losses."""
+    early_stopping: PositiveInt | None = None
+    """End the run, with the model as it then is, once so many validation losses in a row are not below the lowest before; none: take all steps."""
     checkpoint: CheckpointConfig = CheckpointConfig(every=500)
     """Checkpoints."""
     logging: LoggingConfig = LoggingConfig(every=20)
@@ -82,6 +84,11 @@ class SupervisedConfig(JobConfig):
         return [1.0]
 
     @property
+    def data_from(self) -> str:
+        """The job of this run whose data is read when `files` names none."""
+        return "prepare_data"
+
+    @property
     def reference_from(self) -> str | None:
         """Where the frozen model comes from whose logprobs the loss asks for, as in `init_from`; None: it asks for none."""
         return None
@@ -92,6 +99,8 @@ class SupervisedConfig(JobConfig):
             raise ValueError(f"batch_size={self.batch_size} does not divide among num_workers={self.num_workers}; use a multiple")
         if self.engine.offload_optimizer and self.gpus_per_worker == 0:
             raise ValueError("engine.offload_optimizer=true needs a GPU, but gpus_per_worker=0; set it to false")
+        if self.early_stopping is not None and self.validation_share == 0:
+            raise ValueError(f"early_stopping={self.early_stopping} waits for a validation loss, but validation_share=0 keeps nothing for it; raise it")
         if self.epochs is not None and self.tokens is not None:
             raise ValueError(f"epochs={self.epochs:g} and tokens={self.tokens} both say how long the run is; set one of them to null")
         refuse_plain_bfloat16("engine.", self.engine)
@@ -104,7 +113,7 @@ class SupervisedConfig(JobConfig):
 class DocumentsConfig(SupervisedConfig):
     """What the stages that learn from documents have."""
 
-    default_data: ClassVar[str] = "prepare_data/documents.jsonl"
+    default_data: ClassVar[str] = "documents.jsonl"
     files: tuple[Path, ...] = ()
     """JSON Lines files of {"text", "source"}, or plain text files (.txt, .md); none: what prepare_data wrote in this run."""
     window: PositiveInt = 512
@@ -166,7 +175,7 @@ class SFTConfig(SupervisedConfig):
     """python -m jobs.sft: supervised fine-tuning on Ray Train."""
 
     stage: ClassVar[str] = "sft"
-    default_data: ClassVar[str] = "prepare_data/demonstrations.jsonl"
+    default_data: ClassVar[str] = "demonstrations.jsonl"
     files: tuple[Path, ...] = ()
     """JSONL files of demonstrations; none: what prepare_data wrote in this run."""
     separator: str | None = None
@@ -179,11 +188,13 @@ class SFTConfig(SupervisedConfig):
 class PreferencesConfig(SupervisedConfig):
     """What the stages that learn from preference pairs have."""
 
-    default_data: ClassVar[str] = "prepare_data/preferences.jsonl"
+    default_data: ClassVar[str] = "preferences.jsonl"
     model: ModelConfig = ModelConfig(init_from="sft")
     """The model to train."""
     files: tuple[Path, ...] = ()
-    """JSON Lines files of {"prompt", "chosen", "rejected"}; none: what prepare_data wrote in this run."""
+    """JSON Lines files of {"prompt", "chosen", "rejected"}; none: what `pairs_from` wrote in this run."""
+    pairs_from: Literal["prepare_data", "generate_preferences"] = "prepare_data"
+    """The job of this run whose preferences.jsonl is read when `files` names none."""
     steps: PositiveInt = 500
     """Optimizer steps, unless `epochs` or `tokens` says how long."""
     batch_size: PositiveInt = 16
@@ -192,6 +203,10 @@ class PreferencesConfig(SupervisedConfig):
     """Tokens in a packed window; a pair has its window with both answers, and a longer one is refused."""
     validation_share: float = Field(default=0.05, ge=0, lt=1)
     """Share of the prompts, with all their pairs, kept for validation."""
+
+    @property
+    def data_from(self) -> str:
+        return self.pairs_from
 
     @model_validator(mode="after")
     def _begins_with_a_model(self) -> "PreferencesConfig":

@@ -7,13 +7,13 @@ A JSON Lines file has a `{"text", "source"}` object a line; a document is of the
 text file (.txt, .md) has no documents of its own: every stretch of it, whole lines, is one.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from minigpt_ray.data.rows import DataError, Record
+from minigpt_ray.data.records import DataError, parse_line
+from minigpt_ray.data.rows import source_of
 
 SMALLEST, LARGEST, STRETCHES = 1 << 13, 1 << 20, 256
 """Bytes of a stretch, and how many are aimed at between these bounds: enough of them to keep a small share for validation."""
@@ -75,19 +75,15 @@ def _lines(file: BinaryIO, stretch: Stretch) -> Iterator[tuple[int, bytes]]:
 
 
 def _parse(stretch: Stretch, at: int, line: bytes) -> Document:
-    text = _decode(stretch, at, line)
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{_place(stretch, at)}: not JSON ({error}), found {text.strip()[:60]!r}; expected one JSON object a line; mend the line") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{_place(stretch, at)}: the line is no JSON object, found {text.strip()[:60]!r}; expected {{'text', 'source'}} a line; mend the line")
-    record = Record(value, stretch.path.stem)
-    try:
-        return Document(record.text("text"), record.text("source") if "source" in value else stretch.path.stem)
+        return _document(line, stretch.path, "")
     except DataError:  # said again with the place, for which the file has to be read up to here
-        record = Record(value, _place(stretch, at))
-        return Document(record.text("text"), record.text("source"))
+        return _document(line, stretch.path, _place(stretch, at))
+
+
+def _document(line: bytes, path: Path, place: str) -> Document:
+    record = parse_line(line, place)
+    return Document(record.text("text"), source_of(record, path.stem))
 
 
 def _decode(stretch: Stretch, at: int, raw: bytes) -> str:

@@ -21,6 +21,8 @@ class Group:
     """(token ids, True where the loss counts) of each."""
     numbers: Mapping[str, float] = field(default_factory=dict)
     """What else the loss asks for, by name; the same names in all groups."""
+    source: str = ""
+    """Where it comes from, as its row says; empty where it is made of rows of several sources."""
 
     def __len__(self) -> int:
         return sum(len(token_ids) for token_ids, _ in self.segments)
@@ -104,17 +106,6 @@ def _best_fit(lengths: Sequence[int], window: int) -> list[list[int]]:
 def window_order(num_windows: int, seed: int, epoch: int) -> Int64[np.ndarray, "N"]:
     """The order of the windows in an epoch, from 0: a permutation that depends on nothing else. Kept, since every step asks for it."""
     return np.random.default_rng([seed, epoch]).permutation(num_windows)
-
-
-def windows_for(step: int, rank: int, num_ranks: int, batch_size: int, num_windows: int, seed: int) -> Int64[np.ndarray, "R"]:
-    """Which windows a rank reads in a step, from 0: a function of its arguments alone, so a resumed run skips nothing.
-
-    The ranks' parts, joined in rank order, are the same `batch_size` windows whatever their number; a batch may reach
-    into the next epoch. Assumes that batch_size divides among the ranks and num_windows > 0.
-    """
-    assert batch_size % num_ranks == 0 and num_windows > 0
-    share = batch_size // num_ranks
-    return windows_at(step * batch_size + rank * share + np.arange(share), num_windows, seed)
 
 
 def windows_at(places: Int64[np.ndarray, "R"], num_windows: int, seed: int) -> Int64[np.ndarray, "R"]:

@@ -17,9 +17,9 @@ import numpy as np
 import xxhash
 from rich.table import Table
 
-from minigpt_ray.cli import resolved, write_resolved
+from minigpt_ray.cli import write_resolved
 from minigpt_ray.config import GeneratePreferencesConfig, PromptsConfig
-from minigpt_ray.data.prepared import commit, unfinished
+from minigpt_ray.data.prepared import check_unchanged, commit, relevant, unfinished
 from minigpt_ray.data.rows import DataError, Message, read_rows
 from minigpt_ray.data.verification import verify
 from minigpt_ray.rl.rollout import Prompt, Rollout
@@ -32,8 +32,8 @@ RIGHT = -1
 Counts = Counter[str]
 """What became of prompts and answers, by the names of COUNTED."""
 
-INDIFFERENT = ("run", "output_dir", "placement", "prompts_per_batch")
-"""Fields of the configuration that the pairs do not depend on."""
+INDIFFERENT = ("placement", "prompts_per_batch")
+"""Fields of the configuration that the pairs do not depend on, besides where they are written."""
 COUNTED = (
     "prompts",
     "prompts without a pair",
@@ -200,14 +200,10 @@ class PairFile:
         self.directory, self.config = directory, config
         self.counts: Counts = Counter()
         self._pairs: dict[int, tuple[Prompt, list[Pair]]] = {}
-        self._made_by = {name: value for name, value in resolved(config).items() if name not in INDIFFERENT} | {"weights": _fingerprint(model)}
+        self._inputs = {f"the model {config.model}": _fingerprint(model)}
         self.is_complete = directory.exists()
         if self.is_complete:
-            manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8")) if (directory / "manifest.json").is_file() else {}
-            before = manifest.get("made_by", {})
-            different = [name for name, value in self._made_by.items() if before.get(name) != value]
-            if different:
-                raise DataError(f"{directory} was made otherwise, with another {', '.join(different)}; choose another run=, or remove the directory")
+            check_unchanged(directory, config, self._inputs, INDIFFERENT)
 
     def add(self, prompt: Prompt, pairs: list[Pair], counts: Counts) -> None:
         """The pairs of one prompt; in which order prompts come makes no difference."""
@@ -226,7 +222,8 @@ class PairFile:
             rows["held_out" if is_held_out(prompt, self.config.held_out_share, self.config.seed) else "preferences"] += pairs
         self.counts["pairs held out"] = len(rows["held_out"])
         manifest = {
-            "made_by": self._made_by,
+            "config": relevant(self.config, INDIFFERENT),
+            "inputs": self._inputs,
             "became_of": {name: self.counts[name] for name in COUNTED},
             "counts": {name: dict(sorted(Counter(pair["source"] for pair in pairs).items())) for name, pairs in rows.items()},
         }

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,15 @@ def commit(written: Path, directory: Path, manifest: Mapping[str, Any]) -> None:
     written.rename(directory)  # whole or absent
 
 
-def check_unchanged(directory: Path, config: JobConfig, inputs: Mapping[str, str]) -> None:
+def check_unchanged(directory: Path, config: JobConfig, inputs: Mapping[str, str], indifferent: Collection[str] = ()) -> None:
     """Raises DataError unless the directory was written by this config from these inputs, and its files are as they were.
 
-    `inputs`: path -> hash.
+    `inputs`: path, or what it is -> hash; `indifferent`: fields of the config that the data does not depend on.
     """
     if not (directory / MANIFEST).is_file():
         raise DataError(f"{directory} exists without a {MANIFEST}, so it was not written by this job; {REMEDY}")
     manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    before, now = _leaves(manifest["config"]), _leaves(relevant(config))
+    before, now = _leaves(manifest["config"]), _leaves(relevant(config, indifferent))
     differences = [f"{path}: {before.get(path)} then, {now.get(path)} now" for path in sorted(before | now) if before.get(path) != now.get(path)]
     if differences:
         raise DataError(f"{directory} was made by another config ({'; '.join(differences)}); {REMEDY}")
@@ -61,9 +61,9 @@ def provenance(files: Iterable[Path]) -> str:
     return ", ".join(f"{path} (sha256 {sha256_of(path)[:12]})" if path.name == MANIFEST else str(path) for path in sorted(manifests))
 
 
-def relevant(config: JobConfig) -> dict[str, Any]:
-    """The part of the config that the data depends on: not where it is written."""
-    return config.model_dump(mode="json", exclude={"run", "output_dir"})
+def relevant(config: JobConfig, indifferent: Collection[str] = ()) -> dict[str, Any]:
+    """The part of the config that the data depends on: not where it is written, nor what is indifferent."""
+    return config.model_dump(mode="json", exclude={"run", "output_dir", *indifferent})
 
 
 def sha256_of(path: Path) -> str:

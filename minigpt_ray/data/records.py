@@ -105,17 +105,22 @@ def _lines(file: io.BufferedIOBase, path: Path) -> Iterator[Record]:
     blank = None
     for number, raw in enumerate(file, start=1):  # bytes, so that only \n ends a line and an undecodable one can be named
         place = f"{path}:{number}"
-        line = _decode(raw, place)
-        if not line.strip():
+        if not raw.strip():
             blank = blank or place
             continue
         if blank is not None:
             raise DataError(f"{blank}: the line is blank; expected a JSON object, blank lines only at the end; remove it")
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{place}: not JSON ({error}), found {line.strip()[:60]!r}; expected one JSON object a line; mend the line") from None
-        yield Record(check_object(value, f"{place}: the line"), place)
+        yield parse_line(raw, place)
+
+
+def parse_line(raw: bytes, place: str) -> Record:
+    """The object of a line. Raises DataError with the place."""
+    line = _decode(raw, place)
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: not JSON ({error}), found {line.strip()[:60]!r}; expected one JSON object a line; mend the line") from None
+    return Record(check_object(value, f"{place}: the line"), place)
 
 
 def _array(file: io.BufferedIOBase, path: Path) -> Iterator[Record]:

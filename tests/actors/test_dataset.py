@@ -1,13 +1,16 @@
 """Windows are made once, by Ray Data, and say what is in them."""
 
 import json
+import re
+import threading
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 
-from actors.dataset import StoredWindows, choose_validation, describe, prepare_windows
+from actors.dataset import Sources, StoredWindows, choose_validation, describe, prepare_windows
 from actors.stage_inputs import Files
 from minigpt_ray.config import PretrainConfig, RewardModelConfig, SFTConfig
 from minigpt_ray.data.packing import pack
@@ -134,6 +137,48 @@ def test_every_token_of_every_document_is_learnt_once(ray_cluster, tokenizer, tm
     expected = Counter(token for text in texts for token in encode_document(tokenizer, text).token_ids[1:].tolist())
     assert found == expected
     assert len(validation) < 0.2 * len(train)
+    held_out = Sources({"": validation}).by_source()
+    assert held_out.keys() == {"even", "odd"} and sorted(np.concatenate(list(held_out.values()))) == list(range(len(validation)))
+    for source, rows in held_out.items():
+        text = tokenizer.decode(validation.token_ids[rows].ravel())
+        assert {int(number) % 2 == 0 for number in re.findall(r"document (\d+) ", text)} == {source == "even"}
+    assert set(Sources({"": train}).by_source()) == {""} and set(Sources({"a": train, "b": validation}).by_source()) == {"a", "b"}
+
+
+class PeakMemory:
+    """The most memory that this process alone has held, in bytes, above what it held before."""
+
+    def __enter__(self):
+        self.before = self.most = psutil.Process().memory_full_info().uss
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.look)
+        self.thread.start()
+        return self
+
+    def look(self):
+        while not self.ended.wait(0.02):
+            self.most = max(self.most, psutil.Process().memory_full_info().uss)
+
+    def __exit__(self, *error):
+        self.ended.set()
+        self.thread.join()
+
+    @property
+    def growth(self):
+        return self.most - self.before
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_driver_holds_some_blocks_of_documents_and_never_all(ray_cluster, tokenizer, tmp_path):
+    documents_file(tmp_path / "small.jsonl", 100)
+    prepare_documents(tmp_path / "small.jsonl", tokenizer, tmp_path / "windows")  # what libraries take once
+    row = json.dumps({"text": "one of many words " * 50}) + "\n"
+    (tmp_path / "large.jsonl").write_text(row * 16_000)
+    with PeakMemory() as memory:
+        directory = prepare_documents(tmp_path / "large.jsonl", tokenizer, tmp_path / "windows", window=512)
+    stored = sum(path.stat().st_size for path in directory.rglob("*.npy"))
+    assert stored > 120e6 and memory.growth < stored / 3
 
 
 @pytest.mark.ray

@@ -12,14 +12,13 @@ import torch
 import torch.distributed as dist
 from safetensors.numpy import load_file
 
-from actors.dataset import Sources, describe
+from actors.dataset import Sources, pack_windows
 from actors.group import RankHost
 from actors.reference_logprobs import with_reference
 from actors.reward_sources import load_calibration
 from actors.stage_inputs import StageError, prepare
 from actors.supervised import SupervisedRank, num_steps
 from minigpt_ray.config import DPOConfig, MidtrainConfig, PretrainConfig, RewardModelConfig, SFTConfig
-from minigpt_ray.data.packing import pack_groups
 from minigpt_ray.models import TokenLogprobs, build_causal, export, load_causal, load_scalar
 from minigpt_ray.stages import REFERENCE, STAGES, Batch
 from minigpt_ray.tokenizer import load_tokenizer, train_tokenizer
@@ -62,7 +61,7 @@ def build(settings):
         examples = [group for item in stage.read(files.paths, files.only, settings) for group in stage.encode(tokenizer, item, settings)]
         cut = len(examples) // 10
         for part, groups in (("train", examples[cut:]), ("validation", examples[:cut])):
-            parts[part][source] = describe(pack_groups(groups, settings.window), stage.segments)
+            parts[part][source] = pack_windows(groups, settings.window, stage.segments, apart=part == "validation")
     if ready.reference is not None:
         directories = {part: ready.directory / f"{part}-{dist.get_world_size()}" for part in parts}
         for directory in directories.values():
@@ -90,6 +89,17 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(run):
 def test_a_window_beyond_the_models_positions_is_refused(run):
     with pytest.raises(StageError, match="window=1024 is longer than the model's 512 positions"):
         prepare(config(run, window=1024))
+
+
+def test_early_stopping_without_a_validation_loss_is_refused(run):
+    with pytest.raises(ValueError, match="early_stopping=2 waits for a validation loss, but validation_share=0 keeps nothing for it"):
+        config(run, early_stopping=2, validation_share=0)
+
+
+def test_pairs_are_those_of_the_job_that_is_named(run):
+    assert prepare(config(run, "dpo")).sources[""].paths == (run / "r" / "prepare_data" / "preferences.jsonl",)
+    with pytest.raises(StageError, match=r"no data file .*generate_preferences/preferences\.jsonl; run python -m jobs\.generate_preferences run=r"):
+        prepare(config(run, "dpo", pairs_from="generate_preferences"))
 
 
 def test_an_earlier_run_is_never_written_over(run):
@@ -154,6 +164,20 @@ def test_micro_batches_do_not_change_the_course(run, alone):
     assert courses[0] == pytest.approx(courses[1], rel=1e-4)
 
 
+@pytest.mark.slow
+def test_a_run_ends_once_its_validation_loss_has_not_fallen_for_so_long_and_stays_ended_when_it_goes_on(run, alone):
+    still = {"steps": 20, "validation_every": 1, "optimizer": {"lr": 1e-30}, "early_stopping": 2}
+    worker = build(config(run, **still))
+    waited = {step: rows[-1]["validation/since_lowest"] for step, rows in worker.steps(0)}
+    assert waited == {1: 0, 2: 1, 3: 2} and worker.stops_early and worker.checkpoint_due(3)
+    assert worker.patience.sentence.startswith("early_stopping: ends after step 3, since the validation loss has not fallen below its ")
+    worker.save(3)
+    again = build(config(run, checkpoint={"resume": "auto"}, **still))
+    assert again.restore() == 3 and again.patience == worker.patience and list(again.steps(3)) == []
+    longer = build(config(run, checkpoint={"resume": "auto"}, **still | {"early_stopping": 3}))
+    assert [step for step, _ in longer.steps(longer.restore())] == [4]
+
+
 def not_finite(model, batch, count, config):
     loss, stats = STAGES["sft"].loss(model, batch, count, config)
     return loss * math.nan, stats
@@ -195,6 +219,9 @@ def test_every_stage_goes_on_as_if_it_had_not_been_interrupted(run, alone, stage
     assert not [name for row in rows for name in row if not documented(name)]
     training, last = [row for row in rows if "train/loss" in row], rows[-1]
     assert training[-1]["train/num_tokens_seen"] > training[0]["train/num_tokens_seen"] > 0
+    if stage in ("pretrain", "midtrain"):  # of two sources each
+        losses = [last[f"validation/loss/{source}"] for source in MIX]
+        assert min(losses) < last["validation/loss"] < max(losses)
     if stage == "midtrain":
         by_source = [training[-1][f"train/num_tokens_seen/{source}"] for source in MIX]
         assert min(by_source) > 0 and sum(by_source) == training[-1]["train/num_tokens_seen"]

@@ -50,7 +50,7 @@ def test_plain_text_is_cut_at_line_ends_and_named_after_its_file(tmp_path: Path)
     ("line", "sentence"),
     [
         ('{"text": ', r"a\.jsonl:3: not JSON"),
-        ("[1]", r"a\.jsonl:3: the line is no JSON object, found '\[1\]'"),
+        ("[1]", r"a\.jsonl:3: the line is a list \(\[1\]\); expected a JSON object"),
         ('{"txt": "a"}', r"a\.jsonl:3: field 'text' is missing, found 'txt'"),
         ('{"text": " "}', r"a\.jsonl:3: field 'text' is empty"),
         ('{"text": "a", "source": 3}', r"a\.jsonl:3: field 'source' is a number"),

@@ -5,7 +5,7 @@ import pytest
 
 from minigpt_ray.config import MidtrainConfig
 from minigpt_ray.data.mixing import Reading
-from minigpt_ray.data.packing import windows_for
+from minigpt_ray.data.packing import windows_at
 
 MIX = MidtrainConfig.model_validate({"mix": {"web": {"weight": 3}, "math": {"weight": 1, "final_weight": 9}}, "anneal_share": 0.5})
 
@@ -17,7 +17,7 @@ def reading(sizes: tuple[int, ...] = (70, 30), steps: int = 200, batch_size: int
 def test_one_source_is_read_as_without_a_mix() -> None:
     alone = Reading([11], MidtrainConfig().shares, 6, batch_size=8, seed=5)
     for step in range(6):
-        assert alone.windows(step).tolist() == windows_for(step, 0, 1, 8, 11, seed=5).tolist()
+        assert alone.windows(step).tolist() == windows_at(8 * step + np.arange(8), 11, seed=5).tolist()
 
 
 def test_a_step_is_the_same_whenever_it_is_asked_for() -> None:

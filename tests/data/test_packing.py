@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from minigpt_ray.data.packing import Group, pack, pack_groups, split, window_order, windows_for
+from minigpt_ray.data.packing import Group, pack, pack_groups, split, window_order, windows_at
 from minigpt_ray.tokenizer import Example
 
 
@@ -76,23 +76,11 @@ def test_window_order_is_a_new_permutation_every_epoch() -> None:
     assert first.tolist() == window_order(50, seed=3, epoch=0).tolist()
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_ranks_together_read_the_same_batch_whatever_their_number(num_ranks: int) -> None:
-    for step in range(6):
-        parts = [windows_for(step, rank, num_ranks, batch_size=8, num_windows=11, seed=5) for rank in range(num_ranks)]
-        assert {len(part) for part in parts} == {8 // num_ranks}
-        assert np.concatenate(parts).tolist() == windows_for(step, 0, 1, batch_size=8, num_windows=11, seed=5).tolist()
-
-
-def test_steps_read_every_window_once_an_epoch() -> None:
-    read = np.concatenate([windows_for(step, 0, 1, batch_size=8, num_windows=12, seed=5) for step in range(6)])
+def test_an_endless_reading_has_every_window_once_an_epoch_wherever_it_is_cut() -> None:
+    read = windows_at(np.arange(48), num_windows=12, seed=5)
     assert [sorted(epoch) for epoch in read.reshape(4, 12)] == [list(range(12))] * 4
     assert read[:12].tolist() == window_order(12, 5, 0).tolist()
-
-
-def test_batch_larger_than_an_epoch_spans_several() -> None:
-    read = windows_for(0, 0, 1, batch_size=8, num_windows=3, seed=0)
-    assert sorted(read[:3]) == sorted(read[3:6]) == [0, 1, 2]
+    assert np.concatenate([windows_at(places, 12, seed=5) for places in np.split(np.arange(48), 6)]).tolist() == read.tolist()
 
 
 @pytest.mark.parametrize("length", [1, 2, 4, 5, 6, 7, 13, 40])

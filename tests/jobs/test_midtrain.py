@@ -30,7 +30,7 @@ def output_dir(tmp_path_factory):
         (directory / run / "prepare_data").mkdir(parents=True)
         rows = "".join(json.dumps({"text": text, "source": source}) + "\n" for text, source in texts)
         (directory / run / "prepare_data" / "documents.jsonl").write_text(rows)
-        export(build_causal("nano", tokenizer, seed=0), tokenizer, directory / run / "pretrain" / "model")
+        export(build_causal("llama-nano", tokenizer, seed=0), tokenizer, directory / run / "pretrain" / "model")
     return directory
 
 

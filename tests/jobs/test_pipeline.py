@@ -106,7 +106,8 @@ def test_a_stage_that_a_signal_ends_has_the_code_that_a_shell_gives() -> None:
 def test_the_outcome_of_a_stage_is_its_last_held_out_numbers(tmp_path: Path) -> None:
     rows = [{"step": 1, "validation/perplexity": 9.0}, {"step": 2, "train/loss": 1.0}, {"step": 2, "validation/perplexity": 3.0, "validation/accuracy": 0.875}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert outcome(tmp_path) == "perplexity 3.00, accuracy 87.5% on held-out pairs"
+    assert outcome(tmp_path, {}) == "perplexity 3.00, accuracy 87.5% on held-out pairs"
+    assert outcome(tmp_path, {"eval/accuracy": 0.25, "eval/sampled_accuracy": 0.2}).endswith("on held-out pairs, exact match 25.0%, sampled 20.0%")
     (tmp_path / "results.json").write_text(json.dumps({"sft": {"eval/accuracy": 0.5}, "ppo": {"eval/accuracy": 0.75}}))
-    assert outcome(tmp_path) == "sft 50.0%, ppo 75.0%"
-    assert outcome(tmp_path / "none") == ""
+    assert outcome(tmp_path, {}) == "sft 50.0%, ppo 75.0%"
+    assert outcome(tmp_path / "none", {}) == ""
