@@ -44,7 +44,8 @@ def keep_running(train: Callable[[C], None], config: C) -> None:
     again = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"resume": "auto"})})
     with parent.passing_on():
         for restarts in range(limit + 1):
-            pid = parent.start(partial(_drive, train, again if restarts else config, restarts))
+            of_this_driver: C = again if restarts else config
+            pid = parent.start(partial(_drive, train, of_this_driver, restarts))
             code = parent.wait()
             if parent.said_farewell() or parent.asked or -code in ASKED:
                 break

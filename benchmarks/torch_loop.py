@@ -23,7 +23,8 @@ from minigpt_ray.config import SupervisedConfig
 from minigpt_ray.config.pipeline import STAGE_CONFIGS
 from minigpt_ray.data.mixing import Reading
 from minigpt_ray.data.prepared import MANIFEST
-from minigpt_ray.models import load_causal, load_scalar, resolve_model
+from minigpt_ray.model_directory import resolve_model
+from minigpt_ray.models import load_causal, load_scalar
 from minigpt_ray.stages import REFERENCE, STAGES, Batch
 
 
