@@ -41,11 +41,9 @@ def keep_running(train: Callable[[C], None], config: C) -> None:
     """
     parent = _Parent()
     limit = config.checkpoint.driver_restarts
-    again = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"resume": "auto"})})
     with parent.passing_on():
         for restarts in range(limit + 1):
-            of_this_driver: C = again if restarts else config
-            pid = parent.start(partial(_drive, train, of_this_driver, restarts))
+            pid = parent.start(partial(_drive, train, config, restarts))
             code = parent.wait()
             if parent.said_farewell() or parent.asked or -code in ASKED:
                 break
@@ -57,6 +55,7 @@ def keep_running(train: Callable[[C], None], config: C) -> None:
             parent.pause(min(2.0**restarts, LONGEST_PAUSE_SECONDS))
             if parent.asked:
                 break
+            config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"resume": "auto"})})
     raise SystemExit(code if code >= 0 else 128 - code)
 
 
