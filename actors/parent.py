@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from minigpt_ray.config import PPOConfig, SupervisedConfig
 
@@ -55,7 +55,7 @@ def keep_running(train: Callable[[C], None], config: C) -> None:
             parent.pause(min(2.0**restarts, LONGEST_PAUSE_SECONDS))
             if parent.asked:
                 break
-            config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"resume": "auto"})})
+            config = cast(C, config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"resume": "auto"})}))
     raise SystemExit(code if code >= 0 else 128 - code)
 
 
