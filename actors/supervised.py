@@ -35,6 +35,7 @@ from actors.engine import Engine, all_reduce_sum
 from actors.mailbox import Begun, Logged, Mailbox, Sender, Stopped, work
 from actors.placement import connect, environment, preflight
 from actors.preparation import MAY_DIFFER_ON_RESUME, find_start
+from actors.prometheus import sinks
 from actors.reference_logprobs import with_reference
 from minigpt_ray.checkpoint import Checkpoints, batch_path, save_batch, write_json_atomic
 from minigpt_ray.cli import resolved, write_resolved
@@ -164,7 +165,8 @@ def fit(ready: Ready) -> Path:
     steps = num_steps(config, windows)
     write_resolved(config, ready.directory)
     epochs = -(-steps * config.batch_size // len(windows))
-    with Tracker(ready.directory, stage.name, resolved(config), config.logging, steps, ready.start, epochs=epochs) as tracker:
+    exported = sinks(config.logging, config.run, stage.name)
+    with Tracker(ready.directory, stage.name, resolved(config), config.logging, steps, ready.start, epochs=epochs, sinks=exported) as tracker:
         beginning = f"goes on after step {ready.start}" if ready.start else "starts"
         tracker.message(
             f"{stage.name} {beginning}: {len(windows):,} windows of {config.window} tokens, {config.batch_size} a step, {config.num_workers} workers"
