@@ -4,7 +4,8 @@ Nothing here knows a process. A worker is a number, a prompt its position; the s
 its tokens are read once. Whoever answers, the answer is the same, which is why a prompt may be moved, or given to two.
 """
 
-from collections import deque
+import math
+from collections import Counter, deque
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -123,11 +124,9 @@ class Dispatch:
 
     def _give_again(self, free: Sequence[int], now: float) -> None:
         took = [seconds for worker, seconds in self._took.items() if not self.holds(worker)]
-        if not took:
-            return
-        limit = max(SLOW_SECONDS, SLOW * max(took))
+        limit = max(SLOW_SECONDS, SLOW * max(took, default=math.inf))
         slow = [worker for worker, held in self._held.items() if held and now - self._since[worker] > limit]
-        counts = [position for held in self._held.values() for position in held]
-        alone = [position for worker in slow for position in self._held[worker] if counts.count(position) == 1]
+        holders = Counter(position for held in self._held.values() for position in held) if slow else Counter[int]()
+        alone = [position for worker in slow for position in self._held[worker] if holders[position] == 1]
         for place, position in enumerate(alone):
             self._hold(free[place % len(free)], position, now)

@@ -116,7 +116,7 @@ class Cluster:
     def _group(self, name: str, size: int) -> PlacementGroup:
         role = self.roles[name]
         needs, labels = [bundle(role)] * size, [role.labels] * size
-        group = placement_group(needs, strategy=self.config.strategy.upper(), name=name, bundle_label_selector=labels)
+        group = placement_group(needs, strategy=self.config.strategy.upper(), bundle_label_selector=labels)
         self._groups.add(group)
         return group
 

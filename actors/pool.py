@@ -189,7 +189,8 @@ class Pool(Group[R]):
             if worker.newcomer:
                 self._end(worker)
                 self.size -= 1
-                self._say(f"a {self.role} worker that was to join could not start ({first_line(error)}); the job goes on with {self.size}")
+                reason = first_line(error.cause if isinstance(error, ray.exceptions.RayTaskError) else error)
+                self._say(f"a {self.role} worker that was to join could not start ({reason}); the job goes on with {self.size}")
             elif isinstance(error, ray.exceptions.RayActorError):
                 self.replace(worker, error)
             else:

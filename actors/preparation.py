@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from actors.placement import roles_of
+from actors.prometheus import sinks
 from actors.reward_sources import check_sources
 from minigpt_ray.checkpoint import Checkpoints
 from minigpt_ray.cli import resolved, write_resolved
@@ -87,7 +88,8 @@ class Preparation:
         write_resolved(self.config, self.directory)
         step = 0 if self.start is None else self.checkpoints.step_of(self.start)
         epochs = -(-self.config.steps * self.config.prompts_per_step // len(self.prompts))
-        tracker = Tracker(self.directory, "ppo", resolved(self.config), self.config.logging, self.config.steps, step, epochs=epochs)
+        exported = sinks(self.config.logging, self.config.run, "ppo")
+        tracker = Tracker(self.directory, "ppo", resolved(self.config), self.config.logging, self.config.steps, step, epochs=epochs, sinks=exported)
         tracker.message(self._greeting(self.prompts, step))
         return tracker
 

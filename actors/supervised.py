@@ -37,6 +37,7 @@ from actors.mailbox import Begun, Logged, Mailbox, Sender, Stopped, work
 from actors.parent import driver_restarts
 from actors.placement import OWN_SECONDS, connect, environment
 from actors.preflight import SAY_EVERY_SECONDS, preflight
+from actors.prometheus import sinks
 from actors.reference_logprobs import with_reference
 from actors.stage_inputs import Ready, StageError
 from minigpt_ray.checkpoint import batch_path, save_batch, write_json_atomic
@@ -95,7 +96,8 @@ def fit(ready: Ready) -> Path:
     baseline = _baseline(stage, windows, Sources.load(stored, "validation"))
     write_resolved(config, ready.directory)
     epochs = -(-steps * config.batch_size // len(windows))
-    with Tracker(ready.directory, stage.name, resolved(config), config.logging, steps, ready.start, epochs=epochs) as tracker:
+    exported = sinks(config.logging, config.run, stage.name)
+    with Tracker(ready.directory, stage.name, resolved(config), config.logging, steps, ready.start, epochs=epochs, sinks=exported) as tracker:
         beginning = f"goes on after step {ready.start}" if ready.start else "starts"
         tracker.message(
             f"{stage.name} {beginning}: {len(windows):,} windows of {config.window} tokens, {config.batch_size} a step, {config.num_workers} workers"

@@ -17,6 +17,7 @@ import yaml
 from minigpt_ray.cli import one_sentence
 from minigpt_ray.config import PPOConfig
 from minigpt_ray.scaling import Requests, refusal
+from minigpt_ray.status import look_at
 
 
 def main(arguments: list[str]) -> None:
@@ -47,9 +48,12 @@ def read_size(text: str) -> int:
 
 
 def check(workers: int, directory: Path) -> None:
-    """Raises ValueError or FileNotFoundError when there is no such job, or so many workers are not allowed."""
-    if not (directory / "config.yaml").is_file():
+    """Raises ValueError or FileNotFoundError when no such job is running, or so many workers are not allowed."""
+    if not (directory / "status.json").is_file():
         raise FileNotFoundError(f"{directory} holds no PPO run; give the directory of a run, as in outputs/debug")
+    seen = look_at(directory / "status.json")
+    if not seen.is_alive:
+        raise ValueError(f"{seen.sentence()}; only a running job has workers that may become more or fewer")
     config = PPOConfig.model_validate(yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8")))
     refused = refusal(workers, config.placement.generator)
     if refused:

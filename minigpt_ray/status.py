@@ -121,7 +121,11 @@ def look(run_dir: Path) -> Seen:
     found = sorted(run_dir.glob("*/status.json"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise FileNotFoundError(f"{run_dir}: no stage of a run has a status.json; give the directory of a run, as in outputs/debug")
-    path = found[-1]
+    return look_at(found[-1])
+
+
+def look_at(path: Path) -> Seen:
+    """The stage whose status.json this is."""
     state = State(**json.loads(path.read_text(encoding="utf-8")))
     processes = path.with_name("processes.json")
     roles = json.loads(processes.read_text(encoding="utf-8")) if processes.exists() else {}

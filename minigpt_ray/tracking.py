@@ -15,6 +15,7 @@ With `logging.batches` the tensors that a step was made of are kept as well; tes
 import json
 import math
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -255,6 +256,11 @@ class _TensorBoard:
 
     def close(self, failed: bool) -> None:
         self.writer.close()
+
+
+def prometheus_name(metric: str) -> str:
+    """`train/kl_ref` -> `minigpt_train_kl_ref`, since Prometheus allows letters, digits and underscores; Ray puts `ray_` before it."""
+    return "minigpt_" + re.sub(r"\W", "_", metric, flags=re.ASCII)
 
 
 # ----------------------------------------------------------------------------------------------------- tracker

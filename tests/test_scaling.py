@@ -1,5 +1,6 @@
 """What may be asked for, how a request travels, and when a pool should grow or shrink by itself."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from jobs.scale import main as scale
 from minigpt_ray.cli import ConfigError, read_config, write_resolved
 from minigpt_ray.config import GeneratorPlacement, PPOConfig
 from minigpt_ray.scaling import PATIENCE, Autoscaler, Requests
+from minigpt_ray.status import Status
 
 BOUNDED = GeneratorPlacement(workers=2, min_workers=2, max_workers=4, autoscale=True)
 
@@ -24,6 +26,7 @@ def test_a_request_is_taken_once_and_the_last_one_counts(tmp_path: Path) -> None
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     write_resolved(PPOConfig(placement={"generator": BOUNDED.model_dump()}), tmp_path / "ppo")
+    Status(tmp_path / "ppo", "ppo", 3, 9).phase("learn")
     return tmp_path
 
 
@@ -46,6 +49,14 @@ def test_what_may_not_be_asked_for_is_one_sentence(run: Path, size: str, sentenc
     with pytest.raises(SystemExit) as ended:
         scale([str(run), size])
     assert ended.value.code == 2 and sentence in capsys.readouterr().err
+    assert Requests(run / "ppo").is_taken
+
+
+def test_a_job_that_is_not_running_has_nothing_to_scale(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.utime(run / "ppo" / "status.json", (0, 0))
+    with pytest.raises(SystemExit):
+        scale([str(run), "generator=3"])
+    assert "ppo: step 3 of 9, last sign of life" in capsys.readouterr().err
     assert Requests(run / "ppo").is_taken
 
 

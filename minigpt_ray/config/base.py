@@ -90,7 +90,7 @@ class LoggingConfig(Config):
     tensorboard: bool = False
     """Also write TensorBoard event files (needs the package tensorboard)."""
     prometheus: bool = False
-    """Also export the newest metrics at Ray's Prometheus endpoint, as ray_minigpt_train_reward and so on; deploy/grafana.json draws them."""
+    """Also export the newest metrics at Ray's Prometheus endpoint, as ray_minigpt_train_reward and so on; deploy/grafana.json is a dashboard of them."""
     timeline: bool = True
     """Write timeline.json, which https://ui.perfetto.dev opens: every role and phase of every step of PPO, about 10 KB a step."""
     every: PositiveInt = 1

@@ -71,5 +71,8 @@ PANELS = (
     Panel("Model FLOPs utilisation", "Useful model FLOPs as a percentage of what the devices could do.", (Line("train/mfu_percent", "MFU, %"),)),
     Panel("Idle share of each role", "Share of a step in which no process of the role computes. Roles that take turns are idle while others work.", group="time/idle_share/"),
     Panel("Overhead", "Share of a step in which no role computes at all: calls, transport, the driver's own work.", (Line("time/overhead_s", "overhead", over="time/step_s"),)),
+    Panel("Generator workers", "Workers that answered, the most at a time; see jobs.scale.", (Line("pool/generator/workers", "workers"),), noisy=False),
+    Panel("Idle share of the pool", "Share of the time in which answers were asked for that the workers had nothing to do, all of them together.", (Line("pool/generator/idle_share", "generator"),)),
+    Panel("Waiting prompts", "Prompts that no generator worker had begun to answer, on average: many of them ask for more workers.", (Line("pool/generator/queue_depth", "prompts"),)),
     Panel("Memory", "Resident memory of a role's processes, in GiB.", group="memory/"),
 )  # fmt: skip

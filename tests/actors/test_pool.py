@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+from ray import cloudpickle
 
 from actors import pool
 from actors.generator import Generator
+from actors.generator_worker import GeneratorWorker
 from actors.placement import Cluster
 from minigpt_ray.config import GeneratorConfig, GeneratorPlacement, PlacementConfig, SamplingConfig
 from minigpt_ray.models import load_causal
@@ -19,6 +22,7 @@ from minigpt_ray.rl.experience import Prompt, Rollout
 from minigpt_ray.scaling import Requests
 from tests.actors.test_generator import published
 
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers' processes cannot import a test
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 SAMPLING = SamplingConfig(max_tokens=24, n=2)
@@ -104,6 +108,19 @@ def test_workers_that_leave_finish_and_give_their_room_back(elastic: Elastic) ->
         threading.Event().wait(0.1)
     assert ray.available_resources()["CPU"] == free + 2
     assert tokens(generator.generate(PROMPTS, SAMPLING)) == elastic.alone
+
+
+def no_model(*_: object) -> GeneratorWorker:
+    raise ValueError("no memory for a model")
+
+
+def test_a_newcomer_that_cannot_start_is_given_up(elastic: Elastic, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = elastic.generator
+    monkeypatch.setattr(generator, "_build", no_model)
+    generator.resize(2)
+    generator.ready()
+    assert elastic.said[-1] == "a generator worker that was to join could not start (ValueError: no memory for a model); the job goes on with 1"
+    assert generator.size == 1 and tokens(generator.generate(PROMPTS, SAMPLING)) == elastic.alone
 
 
 def test_what_the_cluster_cannot_hold_is_said_and_the_job_goes_on(elastic: Elastic, monkeypatch: pytest.MonkeyPatch) -> None:

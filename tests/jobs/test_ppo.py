@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from jobs.prepare_data import main as prepare_data
 from jobs.scale import main as scale
+from jobs.status import main as status
 from minigpt_ray.checkpoint import Checkpoints, find_fault
 from minigpt_ray.models import build_causal, export
 from minigpt_ray.report import write_report
@@ -243,6 +244,30 @@ def test_the_console_has_one_line_a_step_in_the_known_form(whole: Finished) -> N
     matches = [LINE.fullmatch(line) for line in lines]
     assert [match.groups() for match in matches if match] == [("1", "4"), ("2", "4"), ("3", "4"), ("4", "4")]
     assert len(lines) == 4
+
+
+@pytest.mark.slow
+def test_the_timeline_has_every_phase_and_every_role_of_every_step(whole: Finished) -> None:
+    events = json.loads((whole.directory / "timeline.json").read_text())
+    names = {event["pid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    calls = {(names[event["pid"]], event["name"], event["args"]["step"]) for event in events if event["ph"] == "X"}
+    for step in range(1, 5):
+        assert {("driver", phase, step) for phase in ("rollout", "score", "advantage", "learn", "publish")} <= calls
+        assert {("generator", "generate", step), ("policy", "update", step), ("critic", "update", step), ("reference", "logprobs", step)} <= calls
+    assert {("driver", "evaluate", 5), ("driver", "checkpoint", 5)} <= calls
+    assert [event["name"] for event in events if event["ph"] == "i"] == [f"weights version {version}" for version in range(5)]
+    row = whole.rows[1]
+    rollout = sum(event["dur"] for event in events if (event["name"], event.get("args")) == ("rollout", {"step": 2})) / 1e6
+    assert rollout == pytest.approx(row["time/rollout_s"], abs=0.1)
+
+
+@pytest.mark.slow
+def test_a_finished_run_reads_well(whole: Finished, capsys: pytest.CaptureFixture[str]) -> None:
+    status([str(whole.directory.parent), "--once"])
+    printed = capsys.readouterr().out
+    assert "ppo: step 4 of 4, finished" in printed
+    for role, places in json.loads((whole.directory / "processes.json").read_text())["roles"].items():
+        assert role in printed and str(places[0]["pid"]) in printed
 
 
 @pytest.mark.slow
