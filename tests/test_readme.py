@@ -189,7 +189,7 @@ def test_every_python_block_parses_and_is_tested() -> None:
 
 
 def test_the_reward_function_scores_each_rollout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from actors.rewards import load_function
+    from actors.reward_process import load_function
 
     (tmp_path / "my_rewards.py").write_text(code("def short("))
     monkeypatch.syspath_prepend(str(tmp_path))
