@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from rich.markup import escape
 from rich.table import Table
 
@@ -38,6 +36,9 @@ def table(tallies: Sequence[Tally]) -> Table:
 
 def plot(tallies: Sequence[Tally], path: Path) -> None:
     """An SVG file: for each source what became of its rows, and its share of the training rows of its kind."""
+    import matplotlib  # which nothing else here needs, --help and --check least
+    from matplotlib.figure import Figure
+
     reasons = [(reason, color) for reason, color in zip(DROPPED, LOST, strict=True) if any(tally.dropped[reason] for tally in tallies)]
     parts = {"train": [tally.train for tally in tallies], "held out": [tally.held_out for tally in tallies]}
     parts |= {reason.replace("_", " "): [tally.dropped[reason] for tally in tallies] for reason, _ in reasons}

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,10 +74,11 @@ LINE = re.compile(
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output directory with runs that have been through prepare_data and SFT, and a user's reward function."""
     directory = tmp_path_factory.mktemp("home")
-    for run in ("whole", "killed", "wounded", "elastic", "critic_free"):
-        assert prepare_data([str(CHECKOUT / "configs/debug/prepare_data.yaml"), f"output_dir={directory}", f"run={run}"]) == 0
-        tokenizer = load_tokenizer(directory / run / "prepare_data" / "tokenizer")
-        export(build_causal("nano", tokenizer, seed=0), tokenizer, directory / run / "sft" / "model")
+    assert prepare_data([str(CHECKOUT / "configs/debug/prepare_data.yaml"), f"output_dir={directory}", "run=whole"]) == 0
+    tokenizer = load_tokenizer(directory / "whole" / "prepare_data" / "tokenizer")
+    export(build_causal("nano", tokenizer, seed=0), tokenizer, directory / "whole" / "sft" / "model")
+    for run in ("killed", "wounded", "elastic", "critic_free"):
+        shutil.copytree(directory / "whole", directory / run)
     (directory / "a_users_rewards.py").write_text(REWARD)
     return directory
 
