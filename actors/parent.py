@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from minigpt_ray.config import PPOConfig, SupervisedConfig
 
@@ -41,10 +41,10 @@ def keep_running(train: Callable[[C], None], config: C) -> None:
     """
     parent = _Parent()
     limit = config.checkpoint.driver_restarts
-    again = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"resume": "auto"})})
+    again = cast(C, config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"resume": "auto"})}))
     with parent.passing_on():
         for restarts in range(limit + 1):
-            pid = parent.start(partial(_drive, train, again if restarts else config, restarts))
+            pid = parent.start(partial(_drive, train, config if restarts == 0 else again, restarts))
             code = parent.wait()
             if parent.said_farewell() or parent.asked or -code in ASKED:
                 break
