@@ -41,9 +41,10 @@ def keep_running(train: Callable[[C], None], config: C) -> None:
     """
     parent = _Parent()
     limit = config.checkpoint.driver_restarts
+    again = cast(C, config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"resume": "auto"})}))
     with parent.passing_on():
         for restarts in range(limit + 1):
-            pid = parent.start(partial(_drive, train, config, restarts))
+            pid = parent.start(partial(_drive, train, config if restarts == 0 else again, restarts))
             code = parent.wait()
             if parent.said_farewell() or parent.asked or -code in ASKED:
                 break
@@ -55,7 +56,6 @@ def keep_running(train: Callable[[C], None], config: C) -> None:
             parent.pause(min(2.0**restarts, LONGEST_PAUSE_SECONDS))
             if parent.asked:
                 break
-            config = cast(C, config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"resume": "auto"})}))
     raise SystemExit(code if code >= 0 else 128 - code)
 
 
