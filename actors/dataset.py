@@ -198,7 +198,8 @@ def tokenise_and_pack(stage: Stage, config: SupervisedConfig, items: Sequence[It
     """
     yield describe(pack_groups([], config.window))  # the columns' types, also where there are no items
     blocks = [items[i : i + stage.block_items] for i in range(0, len(items), stage.block_items)]
-    for packed in _pack_in_parallel(stage, config, blocks, tokenizer) if len(blocks) > 1 else (_pack_block(stage, config, b, tokenizer) for b in blocks):
+    made = _pack_in_parallel(stage, config, blocks, tokenizer) if len(blocks) > 1 else (_pack_block(stage, config, block, tokenizer) for block in blocks)
+    for packed in made:
         if isinstance(packed, DataError):
             raise packed
         yield packed
