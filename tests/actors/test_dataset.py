@@ -66,8 +66,7 @@ def test_every_row_is_in_one_window_of_one_part(ray_cluster, tokenizer, tmp_path
     assert train.num_examples.sum() == 27 and train.token_ids.shape[1] == 128
 
 
-@pytest.mark.ray
-def test_windows_are_made_again_only_when_what_they_are_made_from_changes(ray_cluster, tokenizer, tmp_path):
+def test_windows_are_made_again_only_when_what_they_are_made_from_changes(tokenizer, tmp_path):
     path = demonstrations(tmp_path / "a.jsonl", ["one", "two", "three"])
 
     def prepare(window=128):
@@ -84,15 +83,13 @@ def test_windows_are_made_again_only_when_what_they_are_made_from_changes(ray_cl
     assert not [p for p in (tmp_path / "windows").iterdir() if p.name.startswith(".")]
 
 
-@pytest.mark.ray
-def test_a_row_longer_than_the_window_is_refused_with_its_place(ray_cluster, tokenizer, tmp_path):
+def test_a_row_longer_than_the_window_is_refused_with_its_place(tokenizer, tmp_path):
     path = demonstrations(tmp_path / "a.jsonl", ["short", "long " * 40])
     with pytest.raises(DataError, match=r"a\.jsonl:2: \d+ tokens .* window=96; raise window"):
         prepare_sft(path, tokenizer, tmp_path / "windows", window=96)
 
 
-@pytest.mark.ray
-def test_a_separator_cuts_text_into_prompt_and_answer_and_is_part_of_what_windows_are_made_from(ray_cluster, tokenizer, tmp_path):
+def test_a_separator_cuts_text_into_prompt_and_answer_and_is_part_of_what_windows_are_made_from(tokenizer, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": f"say {word} => {word}", "source": "words"}) + "\n" for word in ("one", "two")))
 
@@ -125,8 +122,7 @@ def prepare_documents(path, tokenizer, directory, only=None, **fields):
     return prepare_windows(STAGES["pretrain"], config, Files((path,), only), tokenizer, directory)
 
 
-@pytest.mark.ray
-def test_every_token_of_every_document_is_learnt_once(ray_cluster, tokenizer, tmp_path):
+def test_every_token_of_every_document_is_learnt_once(tokenizer, tmp_path):
     texts = documents_file(tmp_path / "d.jsonl", 300)
     directory = prepare_documents(tmp_path / "d.jsonl", tokenizer, tmp_path / "windows")
     train, validation = (StoredWindows.load(directory / part) for part in ("train", "validation"))
@@ -181,8 +177,7 @@ def test_the_driver_holds_some_blocks_of_documents_and_never_all(ray_cluster, to
     assert stored > 120e6 and memory.growth < stored / 3
 
 
-@pytest.mark.ray
-def test_one_source_of_a_file_has_windows_of_its_own(ray_cluster, tokenizer, tmp_path):
+def test_one_source_of_a_file_has_windows_of_its_own(tokenizer, tmp_path):
     documents_file(tmp_path / "d.jsonl", 40)
     directories = [prepare_documents(tmp_path / "d.jsonl", tokenizer, tmp_path / "windows", only=only, validation_share=0) for only in (None, "even", "odd")]
     whole, even, odd = (StoredWindows.load(directory / "train").num_loss_tokens.sum() for directory in directories)
@@ -202,8 +197,7 @@ def test_a_bad_line_far_into_a_file_is_named(ray_cluster, tokenizer, tmp_path, m
 # ----------------------------------------------------------------------------------------------------- preferences
 
 
-@pytest.mark.ray
-def test_pairs_are_stored_whole_with_their_margins_and_a_prompt_is_on_one_side(ray_cluster, tokenizer, tmp_path):
+def test_pairs_are_stored_whole_with_their_margins_and_a_prompt_is_on_one_side(tokenizer, tmp_path):
     rows = [{"prompt": f"say {i % 10}", "chosen": f"well {i}", "rejected": f"no {i}", "margin": i} for i in range(40)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config, stage = RewardModelConfig(validation_share=0.1), STAGES["reward_model"]
