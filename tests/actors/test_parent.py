@@ -41,10 +41,10 @@ def job(body: str, limit: int = 2) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def finish(body: str, limit: int = 2) -> tuple[int, list[str], list[str]]:
+def finish(body: str, limit: int = 2, timeout: float = 60) -> tuple[int, list[str], list[str]]:
     """Exit code, lines of stdout, lines of stderr."""
     with job(body, limit) as process:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=timeout)
     return process.returncode, out.splitlines(), err.splitlines()
 
 
@@ -95,6 +95,29 @@ def test_the_loss_of_ray_is_a_death_and_an_exception_of_a_rank_is_not() -> None:
     rank = "import ray; raise ray.exceptions.RayTaskError('update', 'its traceback', ValueError('nan')).as_instanceof_cause()"
     code, out, _ = finish(rank)
     assert code == 1 and len(drivers(out)) == 1
+
+
+RAY_IS_KILLED = """if driver_restarts() == 2: return
+    import psutil, ray
+    from actors.placement import connect
+    connect(None, cpus=1)
+    of_ray = {process.name(): process for process in psutil.Process().children(recursive=True) if process.name() in ("raylet", "gcs_server")}
+    addresses = {c.laddr.ip.removeprefix("::ffff:") for process in of_ray.values() for c in process.net_connections() if c.status == "LISTEN"}
+    print("listening", *addresses, flush=True)
+    waiting = ray.remote(lambda: time.sleep(300)).remote()
+    for name in (("gcs_server",), ("raylet", "gcs_server"))[driver_restarts()]: of_ray[name].kill()
+    ray.get(waiting)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_local_ray_that_is_killed_is_noticed_in_seconds_and_it_listens_to_this_machine_alone() -> None:
+    """The GCS first, then both it and the raylet."""
+    code, out, err = finish(RAY_IS_KILLED, timeout=200)
+    assert code == 0 and len(drivers(out)) == 3, err
+    assert [line for line in out if line.startswith("listening")] == ["listening 127.0.0.1"] * 2
+    assert sum("lost Ray (code 1)" in line for line in err) == 2
 
 
 def test_sigterm_is_passed_on_and_nothing_is_started_after_it() -> None:

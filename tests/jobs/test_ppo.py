@@ -157,7 +157,8 @@ def interrupted(home: Path) -> Interrupted:
         wait_for(first, step_3_is_logged)
         lost = driver()
         of_ray = [process for process in psutil.Process(lost).children(recursive=True) if process.name() in ("raylet", "gcs_server")]
-        listening = {connection.laddr.ip for process in of_ray for connection in process.net_connections() if connection.status == psutil.CONN_LISTEN}
+        sockets = [socket for process in of_ray for socket in process.net_connections() if socket.status == psutil.CONN_LISTEN]
+        listening = {socket.laddr.ip.removeprefix("::ffff:") for socket in sockets}
         for process in of_ray:
             process.kill()
         wait_for(first, lambda: driver() != lost)
