@@ -67,8 +67,11 @@ class Status:
 
     def progress(self, step: int) -> None:
         """So many steps are complete."""
-        if step != self.state.step:
-            self._become(step=step)
+        if step == self.state.step:
+            return
+        if self.state.phase == "starting":  # a supervised stage has one phase
+            self.phase("training")
+        self._become(step=step)
 
     def _become(self, **changes: Any) -> None:
         self.state = replace(self.state, **changes)

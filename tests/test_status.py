@@ -112,6 +112,14 @@ def test_phases_are_in_the_status_and_in_the_timeline(tmp_path: Path) -> None:
     assert [event["name"] for event in events if event["ph"] == "X"] == ["rollout", "learn", "learn/publish", "learn"]
 
 
+def test_a_stage_without_phases_is_training_once_it_takes_steps(tmp_path: Path) -> None:
+    with Tracker(tmp_path / "sft", "sft", {}, LoggingConfig(), 9, console=Console(file=io.StringIO())) as log:
+        assert look(tmp_path).state.phase == "starting"
+        log.log(1, {"train/epoch": 1, "train/loss": 2.0, "train/tokens_per_second": 5.0, "train/eta_minutes": 90.0})
+        assert "sft: step 1 of 9, training for 0 s, 5 tokens/s, 90 min left" in look(tmp_path).sentence()
+        assert "role" in table(look(tmp_path))
+
+
 def test_the_newest_stage_of_a_run_is_the_one_that_is_shown(running: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, age in (("sft", 500), ("ppo", 0)):
         (running / name).mkdir(exist_ok=True)

@@ -18,6 +18,7 @@ from ray import cloudpickle
 from actors.group import Group, Pending, Rank, Shared, by_reference, covered_seconds, gather
 from actors.placement import Cluster
 from minigpt_ray.config import PlacementConfig, RolePlacement
+from minigpt_ray.timeline import Span
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the ranks' processes cannot import a test
 
@@ -147,6 +148,7 @@ def test_idle_share_is_the_time_that_the_busiest_rank_did_not_work(adders: Group
     metrics = adders.usage_metrics(1.0)
     assert metrics["time/idle_share/adder"] == pytest.approx(0.5, abs=0.1)
     assert 0.1 < metrics["memory/adder_gib"] < 8  # two processes with torch
+    assert [(span.rank, span.name) for span in adders.usage.spans] == [(0, "slow"), (1, "slow")]
     adders.reset_usage()
     assert adders.usage_metrics(1.0)["time/idle_share/adder"] == 1.0
 
@@ -163,6 +165,9 @@ def test_a_value_lies_in_the_object_store_once_while_it_lives(ray_cluster: None)
 
 
 def test_spans_that_overlap_count_once_and_gaps_not() -> None:
-    assert covered_seconds([]) == 0
-    assert covered_seconds([(1.0, 2.0), (4.0, 5.5)]) == 2.5
-    assert covered_seconds([(4.0, 6.0), (1.0, 5.0), (2.0, 3.0)]) == 5.0
+    def covered(*spans: tuple[float, float]) -> float:
+        return covered_seconds([Span(0, "call", start, stop) for start, stop in spans])
+
+    assert covered() == 0
+    assert covered((1.0, 2.0), (4.0, 5.5)) == 2.5
+    assert covered((4.0, 6.0), (1.0, 5.0), (2.0, 3.0)) == 5.0
