@@ -10,7 +10,7 @@ import ray
 import torch
 from torch import Tensor
 
-from actors.generator import GeneratorWorker, Request
+from actors.generator import GeneratorWorker, Order, Request
 from actors.group import Rank
 from actors.weights import Probe, Publication, WeightsError, fetch, fingerprint, pack, probe_gap, probe_tokens, publish, unpack
 from minigpt_ray.config import GeneratorConfig, SamplingConfig
@@ -103,7 +103,7 @@ def worker(nano: Path) -> Iterator[GeneratorWorker]:
     yield GeneratorWorker(Rank(0, 1, "cpu"), str(nano), GeneratorConfig(backend="transformers"), 64, 1, 0, probe_tolerance=1e-3)
 
 
-REQUESTS = [Request(np.array([1, 2, 3], np.int32), seed=0)]
+ORDERS = [Order(0, (Request(np.array([1, 2, 3], np.int32), seed=0),))]
 SAMPLING = SamplingConfig(max_tokens=2)
 
 
@@ -131,13 +131,13 @@ def test_a_corrupted_byte_is_refused_by_both_fingerprints(publication: Publicati
 @pytest.mark.ray
 def test_a_worker_generates_with_no_version_that_it_has_not_proved(worker: GeneratorWorker, publication: Publication) -> None:
     with pytest.raises(RuntimeError, match="has proved weights version -1 and was asked to generate with 1"):
-        list(worker.generate(REQUESTS, SAMPLING, version=1))
+        worker.work(ORDERS, [], SAMPLING, version=1)
     received = worker.receive(publication)
     assert (received.version, worker.version) == (1, 1) and received.probe_gap < 1e-5
-    assert len(list(worker.generate(REQUESTS, SAMPLING, version=1))) == 1
+    assert len(worker.work(ORDERS, [], SAMPLING, version=1)) == 1
     for other in (0, 2):
         with pytest.raises(RuntimeError, match=f"asked to generate with {other}"):
-            list(worker.generate(REQUESTS, SAMPLING, version=other))
+            worker.work(ORDERS, [], SAMPLING, version=other)
 
 
 @pytest.mark.ray
@@ -149,7 +149,7 @@ def test_a_tensor_that_was_not_copied_is_found_by_the_probe(worker: GeneratorWor
     with pytest.raises(WeightsError, match="a tensor was not applied"):
         worker.receive(incomplete)
     with pytest.raises(RuntimeError, match="has proved weights version -1"):
-        list(worker.generate(REQUESTS, SAMPLING, version=1))
+        worker.work(ORDERS, [], SAMPLING, version=1)
     assert worker.receive(publication).probe_gap < 1e-5
 
 
@@ -160,10 +160,10 @@ def test_weights_that_are_not_numbers_are_refused(worker: GeneratorWorker, publi
     with pytest.raises(WeightsError, match="differ by nan nats"):
         worker.receive(broken)
     with pytest.raises(RuntimeError, match="has proved weights version -1"):
-        list(worker.generate(REQUESTS, SAMPLING, version=1))
+        worker.work(ORDERS, [], SAMPLING, version=1)
 
 
 @pytest.mark.ray
 def test_a_worker_may_start_from_its_checkpoint_without_a_proof(worker: GeneratorWorker) -> None:
     worker.load_checkpoint(0)
-    assert len(list(worker.generate(REQUESTS, SAMPLING, version=0))) == 1
+    assert len(worker.work(ORDERS, [], SAMPLING, version=0)) == 1
