@@ -73,9 +73,18 @@ def test_a_process_gets_as_many_threads_as_it_was_promised() -> None:
     assert variables["OMP_NUM_THREADS"] == variables["MKL_NUM_THREADS"] == "3"
 
 
+def wait_until_free(cpus: float) -> None:
+    """Until so many CPUs are reserved by nobody."""
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("CPU", 0) < cpus and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert ray.available_resources()["CPU"] == cpus
+
+
 @pytest.mark.ray
 def test_processes_run_in_their_reservation_which_is_given_back(ray_cluster: None) -> None:
-    before = ray.available_resources()["CPU"]
+    before = ray.cluster_resources()["CPU"]
+    wait_until_free(before)  # earlier tests give back what they had
     with Cluster(PlacementConfig(), {"policy": RolePlacement(ranks=2, cpus=1)}) as cluster:
         hosts = cluster.hosts("policy", form_group=False)
         ranks = ray.get([host.__ray_call__.remote(lambda self: self.rank) for host in hosts])
@@ -83,9 +92,6 @@ def test_processes_run_in_their_reservation_which_is_given_back(ray_cluster: Non
         assert isinstance(ray.get(hosts[0].__ray_call__.remote(lambda self: self)), RankHost)
         assert ray.available_resources()["CPU"] == before - 2
         assert peak_flops(cluster.roles, ray.get(hosts[0].device_name.remote())) > 1e8
-    deadline = time.monotonic() + 20
-    while ray.available_resources()["CPU"] < before and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert ray.available_resources()["CPU"] == before
+    wait_until_free(before)
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(hosts[0].address.remote())
