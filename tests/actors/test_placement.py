@@ -75,7 +75,7 @@ def test_what_the_cluster_cannot_hold_is_refused_within_seconds_with_a_table(ray
     start = time.monotonic()
     with pytest.raises(PlacementError) as refusal:
         Cluster(PlacementConfig(), roles)
-    assert 1 < time.monotonic() - start < 10
+    assert 1 < time.monotonic() - start < 15
     sentence, policy, critic = str(refusal.value).splitlines()
     free = ray.available_resources()["CPU"]
     assert sentence == (
@@ -97,7 +97,7 @@ def test_in_a_cluster_of_its_own_a_job_does_not_wait_for_what_will_never_be_free
     start = time.monotonic()
     with pytest.raises(PlacementError, match="the cluster cannot hold this job: 99 CPU asked"):
         preflight({"policy": RolePlacement(cpus=99)}, own=True)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < placement.PREFLIGHT_SECONDS
 
 
 @pytest.mark.ray
