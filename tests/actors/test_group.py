@@ -44,12 +44,6 @@ class Adder:
         time.sleep(0.5)
         return os.getpid()
 
-    def begins(self, memory: Path) -> int:
-        """Leaves a file at its beginning, and has not ended three seconds later."""
-        (memory / str(os.getpid())).touch()
-        time.sleep(3)
-        return os.getpid()
-
     def hangs_once(self, memory: Path) -> int:
         """On rank 1, unless it has done so before."""
         if self.rank.index == 1 and not memory.exists():
@@ -126,25 +120,29 @@ def test_ranks_work_side_by_side_and_gather_waits_for_all(adders: Group[Adder]) 
 @pytest.mark.ray
 def test_a_call_that_hangs_is_said_with_its_stack_and_its_process_counts_as_dead(ray_cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Once in a call that waits for ever, once in a process that was stopped."""
-    with Cluster(PlacementConfig(hang_after_s=8), {"adder": RolePlacement(ranks=2)}) as cluster:
+    with Cluster(PlacementConfig(hang_after_s=4), {"adder": RolePlacement(ranks=2)}) as cluster:
         group = Group(cluster, "adder", Adder, 10, restarts=2)
         group.ready()
         assert group.call(Adder.hangs_once, tmp_path / "memory").result() == [0, 1]
         assert group.restarts == 1
         (message,) = [record.getMessage() for record in caplog.records if record.name == "actors.watchdog"]
-        assert re.match(r"adder rank 1 of 2 \(process \d+ on [\d.]+, sleeping\) has been in Adder.hangs_once for 8 s and counts as dead; it was\n", message)
+        assert re.match(r"adder rank 1 of 2 \(process \d+ on [\d.]+, sleeping\) has been in Adder.hangs_once for 4 s and counts as dead; it was\n", message)
         assert re.search(r"test_group.py.*, line \d+ in hangs_once", message) and "in call" in message
 
         caplog.clear()
         pids = group.call(Adder.slow).result()
-        pending = group.call(Adder.begins, tmp_path)
-        while not (tmp_path / str(pids[1])).exists():
+        pending = group.call(Adder.hangs_once, tmp_path / "of a process that is stopped")
+        while not (tmp_path / "of a process that is stopped").exists():
             time.sleep(0.05)
         os.kill(pids[1], signal.SIGSTOP)
-        assert set(pending.result()).isdisjoint(pids)
+        assert pending.result() == [0, 1]
         assert group.restarts == 2
         (message,) = [record.getMessage() for record in caplog.records if record.name == "actors.watchdog"]
-        assert f"adder rank 1 of 2 (process {pids[1]} on " in message and ", stopped) has been in Adder.begins for 8 s" in message and "in begins" in message
+        assert (
+            f"adder rank 1 of 2 (process {pids[1]} on " in message
+            and ", stopped) has been in Adder.hangs_once for 4 s" in message
+            and "in hangs_once" in message
+        )
 
 
 @pytest.mark.ray
