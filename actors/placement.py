@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ class Cluster:
         self.config, self.roles = config, roles
         self._started: dict[str, Started] = {}
         self._groups: set[PlacementGroup] = set()
+        self._numbers = count()
         rooms = [(r.room if isinstance(r, GeneratorPlacement) else r.ranks) * r.cpus for r in roles.values()]
         connect(config.address, cpus=sum(rooms))
         preflight(roles)
@@ -109,7 +111,8 @@ class Cluster:
         return [Place(group, bundle, group.ready()) for group, size in zip(groups, sizes, strict=True) for bundle in range(size)]
 
     def _group(self, name: str, size: int) -> PlacementGroup:
-        group = placement_group([self.needs(name)] * size, strategy=self.config.strategy.upper(), name=name)
+        unique = f"{name}-{next(self._numbers)}"  # Ray wants no name twice
+        group = placement_group([self.needs(name)] * size, strategy=self.config.strategy.upper(), name=unique)
         self._groups.add(group)
         return group
 
