@@ -37,6 +37,6 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray with 8 logical CPUs, shared by all tests marked ray; each must release what it takes."""
     import ray
 
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=True, logging_level="warning")
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=True, logging_level="warning")
     yield
     ray.shutdown()
