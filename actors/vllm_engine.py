@@ -49,8 +49,8 @@ def _apply_as_loaded(
         output.index_add_(0, tokens, found * topk_weights[tokens, places, None].to(found.dtype))
 
 
-CPUUnquantizedExperts.process_weights_after_loading = _keep_as_loaded
-CPUUnquantizedExperts.apply = _apply_as_loaded
+CPUUnquantizedExperts.process_weights_after_loading = _keep_as_loaded  # type: ignore[method-assign, assignment]
+CPUUnquantizedExperts.apply = _apply_as_loaded  # type: ignore[method-assign, assignment]
 
 
 T = TypeVar("T")
