@@ -31,7 +31,7 @@ STAGES = {
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_mixture_of_experts_goes_from_documents_to_ppo(tmp_path: Path) -> None:
-    (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump({"run": "experts", "output_dir": str(tmp_path), "stages": STAGES}))
+    (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump({"run": "experts", "output_dir": str(tmp_path), "stages": STAGES}, sort_keys=False))
     command = [sys.executable, "-m", "jobs.pipeline", str(tmp_path / "pipeline.yaml")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"}, timeout=550)
     assert done.returncode == 0, done.stdout + done.stderr
