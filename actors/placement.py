@@ -5,7 +5,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +99,6 @@ class Cluster:
         self.config, self.roles = config, roles
         self._started: dict[str, Started] = {}
         self._groups: set[PlacementGroup] = set()
-        self._numbers = count()
         rooms = [(r.room if isinstance(r, GeneratorPlacement) else r.ranks) * r.cpus for r in roles.values()]
         own = connect(config.address, cpus=sum(rooms))
         preflight(roles, memory if config.check_memory else None, OWN_SECONDS if own else config.wait_seconds)
@@ -118,8 +116,7 @@ class Cluster:
     def _group(self, name: str, size: int) -> PlacementGroup:
         role = self.roles[name]
         needs, labels = [bundle(role)] * size, [role.labels] * size
-        unique = f"{name}-{next(self._numbers)}"  # Ray wants no name twice
-        group = placement_group(needs, strategy=self.config.strategy.upper(), name=unique, bundle_label_selector=labels)
+        group = placement_group(needs, strategy=self.config.strategy.upper(), bundle_label_selector=labels)
         self._groups.add(group)
         return group
 
