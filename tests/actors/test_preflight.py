@@ -128,7 +128,8 @@ ray._private.utils.set_sigterm_handler = lambda handler: None  # which the main 
 def come():
     time.sleep(3)
     late.append(nodes.add_node(num_cpus=2, resources={"engine": 2}))
-threading.Thread(target=come).start()
+    threading.Event().wait()  # the node dies with the thread that started it
+threading.Thread(target=come, daemon=True).start()
 with Cluster(PlacementConfig(address=nodes.address, wait_seconds=100), roles) as cluster:
     where = {name: ray.get([host.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()) for host in cluster.hosts(name, False)]) for name in roles}
 print(json.dumps({"refused": refused, "where": where, "learner": learner.node_id, "engines": late[0].node_id}))
