@@ -133,6 +133,7 @@ threading.Thread(target=come, daemon=True).start()
 with Cluster(PlacementConfig(address=nodes.address, wait_seconds=100), roles) as cluster:
     where = {name: ray.get([host.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()) for host in cluster.hosts(name, False)]) for name in roles}
 print(json.dumps({"refused": refused, "where": where, "learner": learner.node_id, "engines": late[0].node_id}))
+ray.shutdown()
 nodes.shutdown()
 """
 

@@ -118,8 +118,7 @@ class Interrupted:
     """Addresses at which Ray's own processes listened."""
     after_loss: list[int]
     after_term: list[int]
-    after_kill: list[int]
-    logged_when_killed: int
+    after_save: list[int]
     """The last step in metrics.jsonl."""
 
 
