@@ -119,7 +119,6 @@ class Interrupted:
     after_loss: list[int]
     after_term: list[int]
     after_save: list[int]
-    """The last step in metrics.jsonl."""
 
 
 def ppo(home: Path, run: str, *overrides: str) -> Finished:
