@@ -43,6 +43,8 @@ def test_its_state_and_stack_are_found_and_its_family_is_killed(stopped: bool) -
 
 def test_one_that_keeps_no_stacks_and_one_that_is_gone_are_said_to_be_so() -> None:
     with subprocess.Popen(["sleep", "100"]) as process:
+        while psutil.Process(process.pid).status() != psutil.STATUS_SLEEPING:
+            pass
         assert examine_and_kill(process.pid) == ("sleeping", "in code that keeps no stacks at hand")
         process.wait(timeout=10)
     assert examine_and_kill(process.pid) == ("gone", "")
