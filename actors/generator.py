@@ -181,6 +181,7 @@ class Generator(Pool[GeneratorWorker]):
         """
         if self._asleep and self._publication is not None:
             self._deliver()
+        self._looked = 0.0  # what was asked between two steps counts for the next one
         self.advance()
         finished: dict[int, list[Rollout]] = {}
         for position, answers in Generation(self, prompts, sampling, chunk).answers():

@@ -101,7 +101,7 @@ class Cluster:
         self._groups: set[PlacementGroup] = set()
         rooms = [(r.room if isinstance(r, GeneratorPlacement) else r.ranks) * r.cpus for r in roles.values()]
         own = connect(config.address, cpus=sum(rooms))
-        preflight(roles, memory if config.check_memory else None, OWN_SECONDS if own else config.wait_seconds)
+        preflight(roles, memory if config.check_memory else None, min(OWN_SECONDS, config.wait_seconds) if own else config.wait_seconds)
         self._places = {name: self._reserve(name, role.ranks) for name, role in roles.items()}
 
     def _reserve(self, name: str, ranks: int) -> list[Place]:

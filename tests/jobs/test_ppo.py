@@ -367,7 +367,9 @@ def test_a_ray_of_its_own_listens_to_this_machine_alone(interrupted: Interrupted
 @pytest.mark.slow
 def test_when_ray_is_killed_the_parent_starts_another_driver(interrupted: Interrupted) -> None:
     assert interrupted.after_loss == [2]
-    assert re.search(r"the driver \(process \d+\) (lost Ray|was killed by SIG\w+); restart 1 of 3, from the newest checkpoint", interrupted.first_output)
+    assert re.search(
+        r"the driver \(process \d+\) (lost Ray \(code \d+\)|was killed by SIG\w+); restart 1 of 3, from the newest checkpoint", interrupted.first_output
+    )
     assert "PPO goes on after step 2" in interrupted.first_output
 
 
