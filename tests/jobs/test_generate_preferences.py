@@ -65,4 +65,4 @@ def test_answers_become_pairs_and_a_second_call_finds_them(home: Path) -> None:
     again = generate(*arguments, path=str(home))  # starts no process
     assert again.returncode == 0 and "nothing to do" in again.stdout
     refused = generate(*arguments, "min_margin=0.5", path=str(home))
-    assert refused.returncode == 2 and "with another min_margin" in refused.stderr and "Traceback" not in refused.stderr
+    assert refused.returncode == 2 and "min_margin: 0.0 then, 0.5 now" in refused.stderr and "Traceback" not in refused.stderr
