@@ -30,7 +30,7 @@ demo: setup ## prepare, SFT, PPO, evaluate, in less than ten minutes on two core
 	.venv/bin/python -m jobs.pipeline configs/demo/pipeline.yaml run=$(RUN) seed=$(SEED)
 
 life: RUN = life
-life: setup ## pretrain, SFT, preference pairs, reward model, DPO, PPO, evaluate: within twenty minutes on two cores (RUN=life SEED=0)
+life: setup ## pretrain, SFT, preference pairs, reward model, DPO, PPO, evaluate (RUN=life SEED=0); goes on where it was stopped
 	.venv/bin/python -m jobs.pipeline configs/life/pipeline.yaml run=$(RUN) seed=$(SEED)
 
 bench: ## on quiet cores: supervised stages against a bare torch loop, PPO against TRL (BENCH_SUPERVISED="--rounds 1" BENCH="--rounds 1 --steps 2")
