@@ -10,7 +10,6 @@ nothing is started any more.
 The driver is a fork, made before anything heavy is imported: the parent holds the configuration and no torch.
 """
 
-import ctypes
 import os
 import signal
 import sys
@@ -21,6 +20,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TypeVar, cast
 
+from actors.lineage import die_with_parent
 from minigpt_ray.config import PPOConfig, SupervisedConfig
 
 C = TypeVar("C", bound=PPOConfig | SupervisedConfig)
@@ -31,7 +31,6 @@ LONGEST_PAUSE_SECONDS = 30.0
 """Between two drivers: 1 s before the first restart, twice as long before each further one, so that a machine can come back."""
 ASKED = (signal.SIGTERM, signal.SIGINT)
 """Signals by which somebody asks a job to end."""
-PR_SET_PDEATHSIG = 1
 
 
 def keep_running(train: Callable[[C], None], config: C) -> None:
@@ -99,7 +98,7 @@ class _Parent:
         signal.pthread_sigmask(signal.SIG_BLOCK, ASKED)  # else one that comes now would be answered by the wrong process, or by none
         pid = os.fork()
         if pid == 0:
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            die_with_parent()
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.close(self._farewell)

@@ -22,8 +22,6 @@ from minigpt_ray.flops import cpu_peak_flops, gpu_peak_flops
 logger = logging.getLogger(__name__)
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-OWN_SECONDS = 2.0
-"""Within these a cluster that was started for the job says what it has; it is of no use to wait for more."""
 
 PASSED_ON = ("CUDA_HOME", "HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE")
 PASSED_ON_PREFIXES = ("GLOO_", "NCCL_")
@@ -101,7 +99,7 @@ class Cluster:
         self._groups: set[PlacementGroup] = set()
         rooms = [(r.room if isinstance(r, GeneratorPlacement) else r.ranks) * r.cpus for r in roles.values()]
         own = connect(config.address, cpus=sum(rooms))
-        preflight(roles, memory if config.check_memory else None, min(OWN_SECONDS, config.wait_seconds) if own else config.wait_seconds)
+        preflight(roles, memory if config.check_memory else None, config.wait_seconds, own)
         self._places = {name: self._reserve(name, role.ranks) for name, role in roles.items()}
 
     def _reserve(self, name: str, ranks: int) -> list[Place]:

@@ -18,11 +18,13 @@ from ray._private.state import available_resources_per_node
 from ray.autoscaler.sdk import request_resources
 
 from minigpt_ray.config import AnyPlacement
+from minigpt_ray.memory import GIB
 
 logger = logging.getLogger(__name__)
 
 SAY_EVERY_SECONDS = 10.0
-GIB = 2**30
+OWN_SECONDS = 2.0
+"""Within these a cluster that was started for the job says what it has."""
 ACCELERATOR = "ray.io/accelerator-type"
 """Label that Ray gives to a node with GPUs."""
 GPU_GIB = {"T4": 15, "V100": 32, "L4": 22, "A10G": 22, "A100-40G": 39, "A100": 79, "A100-80G": 79, "L40S": 44, "H100": 79, "H200": 140, "B200": 178}
@@ -96,17 +98,18 @@ def room(roles: Mapping[str, AnyPlacement], memory: Mapping[str, float], nodes: 
     return {name: found[name] for name in roles}
 
 
-def preflight(roles: Mapping[str, AnyPlacement], memory: Mapping[str, float] | None = None, wait_seconds: float = SAY_EVERY_SECONDS) -> None:
+def preflight(roles: Mapping[str, AnyPlacement], memory: Mapping[str, float] | None = None, wait_seconds: float = SAY_EVERY_SECONDS, own: bool = False) -> None:
     """Return when there is room for all roles; raise PlacementError, with a table of what is asked and what is there, after `wait_seconds`.
 
     memory: estimated GiB of one rank of a role, on its GPU or, without one, in its host; roles that are not in it are not compared.
+    own: the cluster was started for this job, so that nobody will leave it, and no node come.
     """
     if _shortage(roles, memory or {}) is None:
         return
     needs = [role for role in roles.values() for _ in range(role.ranks)]
     request_resources(bundles=[bundle(role) for role in needs], bundle_label_selectors=[dict(role.labels) for role in needs])
     try:
-        _wait(roles, memory or {}, wait_seconds)
+        _wait(roles, memory or {}, min(OWN_SECONDS, wait_seconds) if own else wait_seconds)
     finally:
         request_resources(bundles=[])
 

@@ -4,7 +4,6 @@ process of the reward sources holds torch's threads, which a fork would not surv
     python -m actors.reward_process FD NAME FUNCTION        started by FunctionProcess, with its end of a socket
 """
 
-import ctypes
 import importlib
 import json
 import os
@@ -20,11 +19,11 @@ from multiprocessing.connection import Connection
 from typing import Any, cast
 
 from actors.attempts import Fault, first_line
+from actors.lineage import die_with_parent
 from minigpt_ray.rl.rollout import Rollout
 
 START_S = 300.0
 """Seconds that a process may take to start, the imports of the function's module included."""
-PR_SET_PDEATHSIG = 1
 
 RewardFunction = Callable[[list[Rollout]], list[float]]
 
@@ -150,12 +149,7 @@ def _say(connection: Connection, message: dict[str, Any]) -> None:
     connection.send_bytes(json.dumps(message).encode())
 
 
-def _die_with_parent() -> None:
-    """Also when the parent is killed while the function hangs."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 if __name__ == "__main__":
-    _die_with_parent()
+    die_with_parent()  # also when it is killed while the function hangs
     os.set_inheritable(int(sys.argv[1]), False)
     serve(Connection(int(sys.argv[1])), *sys.argv[2:])

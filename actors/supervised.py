@@ -35,8 +35,8 @@ from actors.dataset import Sources, prepare_windows
 from actors.engine import Engine, all_reduce_sum
 from actors.mailbox import Begun, Logged, Mailbox, Sender, Stopped, work
 from actors.parent import driver_restarts
-from actors.placement import OWN_SECONDS, connect, environment
-from actors.preflight import SAY_EVERY_SECONDS, preflight
+from actors.placement import connect, environment
+from actors.preflight import preflight
 from actors.prometheus import sinks
 from actors.reference_logprobs import with_reference
 from actors.stage_inputs import Ready, StageError
@@ -84,7 +84,7 @@ def fit(ready: Ready) -> Path:
     own = connect(None, cpus)
     preflight(
         {stage.name: RolePlacement(ranks=config.num_workers, cpus=config.cpus_per_worker, gpus=config.gpus_per_worker)},
-        wait_seconds=OWN_SECONDS if own else SAY_EVERY_SECONDS,
+        own=own,
     )
     tokenizer = load_tokenizer(ready.tokenizer)
     stored = {name: prepare_windows(stage, config, files, tokenizer, ready.directory / "windows") for name, files in ready.sources.items()}

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.prepare_data import main as prepare_data
 from minigpt_ray.data.verification import verify
-from minigpt_ray.models import build_causal, export
-from minigpt_ray.tokenizer import load_tokenizer
+from tests.jobs.starts import random_start
 from tests.jobs.test_evaluate import CHECKOUT, REWARD, environment
 
 NUM_PROMPTS, NUM_ANSWERS = 24, 4
@@ -26,9 +24,7 @@ def generate(*overrides: str, path: str = "") -> subprocess.CompletedProcess[str
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a model of random weights."""
     directory = tmp_path_factory.mktemp("home")
-    assert prepare_data([str(CHECKOUT / "configs/debug/prepare_data.yaml"), f"output_dir={directory}"]) == 0
-    tokenizer = load_tokenizer(directory / "debug" / "prepare_data" / "tokenizer")
-    export(build_causal("nano", tokenizer, seed=0), tokenizer, directory / "debug" / "sft" / "model")
+    random_start(directory, "debug")
     (directory / "a_users_rewards.py").write_text(REWARD)
     return directory
 

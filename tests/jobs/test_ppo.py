@@ -25,15 +25,14 @@ import yaml
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
-from jobs.prepare_data import main as prepare_data
 from jobs.scale import main as scale
 from jobs.status import main as status
 from minigpt_ray.checkpoint import Checkpoints, find_fault
-from minigpt_ray.models import build_causal, export
 from minigpt_ray.report import write_report
 from minigpt_ray.rl.kl import next_kl_coef
 from minigpt_ray.tokenizer import encode_prompt, load_tokenizer
 from minigpt_ray.tracking import read_metrics, read_samples
+from tests.jobs.starts import random_start
 from tests.test_metrics_doc import FIXED, documented
 
 CHECKOUT = Path(__file__).parents[2]
@@ -74,9 +73,7 @@ LINE = re.compile(
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output directory with runs that have been through prepare_data and SFT, and a user's reward function."""
     directory = tmp_path_factory.mktemp("home")
-    assert prepare_data([str(CHECKOUT / "configs/debug/prepare_data.yaml"), f"output_dir={directory}", "run=whole"]) == 0
-    tokenizer = load_tokenizer(directory / "whole" / "prepare_data" / "tokenizer")
-    export(build_causal("nano", tokenizer, seed=0), tokenizer, directory / "whole" / "sft" / "model")
+    random_start(directory, "whole")
     for run in ("killed", "wounded", "elastic", "critic_free"):
         shutil.copytree(directory / "whole", directory / run)
     (directory / "a_users_rewards.py").write_text(REWARD)

@@ -17,10 +17,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jobs.prepare_data import main as prepare_data
-from minigpt_ray.models import build_causal, export
-from minigpt_ray.tokenizer import load_tokenizer
 from minigpt_ray.tracking import read_samples
+from tests.jobs.starts import random_start
 from tests.recompute import main as recompute
 from tests.test_metrics_doc import FIXED
 
@@ -58,9 +56,7 @@ LINE = re.compile(r" +(\d)  (\S.*?) +(\S+) +(\S+) +(\S+?)( +DIFFERS)?")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a run of two steps that begins with random weights."""
     home = tmp_path_factory.mktemp("home")
-    assert prepare_data([str(CHECKOUT / "configs/debug/prepare_data.yaml"), f"output_dir={home}", "run=r"]) == 0
-    tokenizer = load_tokenizer(home / "r" / "prepare_data" / "tokenizer")
-    export(build_causal("nano", tokenizer, seed=0), tokenizer, home / "r" / "sft" / "model")
+    random_start(home, "r")
     (home / "a_users_rewards.py").write_text(REWARD)
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"PYTHONPATH": str(home)}
     command = [sys.executable, "-m", "jobs.ppo", "configs/debug/ppo.yaml", f"output_dir={home}", "run=r", *OVERRIDES.split()]

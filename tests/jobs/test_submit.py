@@ -16,11 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from jobs.prepare_data import main as prepare_data
 from minigpt_ray.checkpoint import Checkpoints
-from minigpt_ray.models import build_causal, export
-from minigpt_ray.tokenizer import load_tokenizer
 from minigpt_ray.tracking import read_metrics
+from tests.jobs.starts import random_start
 
 CHECKOUT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -98,9 +96,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("shared")
-    assert prepare_data([str(CHECKOUT / "configs/debug/prepare_data.yaml"), f"output_dir={directory}", "run=submitted"]) == 0
-    tokenizer = load_tokenizer(directory / "submitted" / "prepare_data" / "tokenizer")
-    export(build_causal("nano", tokenizer, seed=0), tokenizer, directory / "submitted" / "sft" / "model")
+    random_start(directory, "submitted")
     return directory
 
 
