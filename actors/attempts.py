@@ -164,6 +164,8 @@ class _Round:
                     raise Fault("errors", f"it gave {len(scores)} scores for {len(places)} rollouts; it must give one for each, in order")
             except Fault as fault:
                 self._count(fault.kind, 1)
+                if last is None and attempt + 1 < times:
+                    logger.warning("%s: a call on %d rollouts failed (%s); it is repeated", self.source.tally.label, len(places), fault.reason)
                 last = fault
                 continue
             for place, score in zip(places, scores, strict=True):

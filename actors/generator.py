@@ -1,7 +1,7 @@
 """The rollout generator as the driver sees it: a pool of workers with an engine each, their weights, and who answers what."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +92,7 @@ class Generator(Pool[GeneratorWorker]):
             workers = list(self.workers)
             calls, sending = self._send(workers)
             try:
-                timed = get_all([*calls, *sending])[: len(calls)]
+                timed = get_all([*calls, *sending], self._limit(GeneratorWorker.receive))[: len(calls)]
                 break
             except ray.exceptions.RayActorError as death:
                 dead = [worker for worker, call in zip(workers, calls, strict=True) if has_died(call)]
@@ -128,6 +128,7 @@ class Generator(Pool[GeneratorWorker]):
         under_way = set(self._loading.values())
         for worker in self.workers:
             if worker.version != self.version and worker not in under_way:
+                worker.heard_of = time.monotonic()
                 self._loading[self._load(worker)] = worker
         for call in ray.wait(list(self._loading), num_returns=len(self._loading), timeout=0)[0] if self._loading else []:
             worker = self._loading.pop(call)
@@ -152,6 +153,16 @@ class Generator(Pool[GeneratorWorker]):
             self.joined += 1
             self.marks.append(Mark(f"{self.role} worker {worker.number} joined", time.time()))
             self._say(f"a {self.role} worker has joined, with weights version {self.version}; {len(self.workers)} of {self.size} are there")
+
+    def end_hung(self, working: Collection[Worker]) -> None:
+        """End workers that work, or load weights, and were not heard of for placement.hang_after_s; their calls fail as those of the dead."""
+        late = time.monotonic() - self.cluster.config.hang_after_s
+        for method, called in ((GeneratorWorker.work, working), (GeneratorWorker.receive, self._loading.values())):
+            hung = [index for index, worker in enumerate(self.workers) if worker in called and worker.heard_of < late]
+            for index in hung:
+                self.workers[index].heard_of = time.monotonic()
+            if hung:
+                self._limit(method).exceeded(hung)
 
     def use_checkpoint(self, version: int = 0) -> None:
         """Generate with the checkpoint that the workers were built from."""
@@ -243,16 +254,17 @@ class Generation:
 
     def answers(self) -> Iterator[tuple[int, list[Answer]]]:
         """Position of a prompt and the answers to it, in the order in which they are complete."""
-        now = time.monotonic()
+        generator, now = self.generator, time.monotonic()
         try:
             while self.dispatch.open:
                 self._hand_out()
-                refs = [*self.calls, *self.generator.on_their_way, *self.generator._loading]
+                refs = [*self.calls, *generator.on_their_way, *generator._loading]
                 done, _ = ray.wait(refs, num_returns=1, timeout=POLL_SECONDS)
                 for call in [call for call in done if call in self.calls]:
                     yield from self._take(call)
+                generator.end_hung(set(self.calls.values()))
                 before, now = now, time.monotonic()
-                self.generator.meter.passed(now - before, len(self.generator.able), self.dispatch.queue_depth)
+                generator.meter.passed(now - before, len(generator.able), self.dispatch.queue_depth)
         finally:
             self._end()
 
@@ -272,12 +284,15 @@ class Generation:
     def _call(self, worker: Worker) -> None:
         told = self.dispatch.orders(worker.number)
         orders, dropped = [self.orders[position] for position in told.new], [self.orders[position].number for position in told.dropped]
+        if worker not in self.calls.values():
+            worker.heard_of = time.monotonic()
         call = worker.host.call.remote(self.generator.role, GeneratorWorker.work, (orders, dropped, self.sampling, self.generator.version))
         self.calls[call] = worker
 
     def _take(self, call: Any) -> Iterator[tuple[int, list[Answer]]]:
         """The answers that a call has brought and nobody has given before."""
         worker = self.calls.pop(call)
+        worker.heard_of = time.monotonic()
         try:
             timed: Timed = ray.get(call)
         except ray.exceptions.RayActorError as death:

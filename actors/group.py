@@ -230,14 +230,18 @@ class Group(Generic[R]):
         get_all(self._building, self._limit(RankHost.build, START_SECONDS))
 
     def _limit(self, method: Callable[..., Any], at_least: float = 0.0) -> Limit:
-        """Of a call to this role: ranks that exceed it are ended."""
+        """Of calls to all processes of this role, in their order: those that exceed it are ended. Calls to others may follow, which are let be."""
         seconds = max(self.cluster.config.hang_after_s, at_least)
 
         def exceeded(indices: Sequence[int]) -> None:
-            ranks = {f"{self.role} rank {index} of {len(self.hosts)}": self.hosts[index] for index in indices}
-            self.cluster.end_hung(ranks, method.__qualname__, seconds)
+            mine = [index for index in indices if index < len(self.hosts)]
+            self.cluster.end_hung({self.name_of(index): self.hosts[index] for index in mine}, method.__qualname__, seconds)
 
         return Limit(seconds, exceeded)
+
+    def name_of(self, index: int) -> str:
+        """What a process of the role is called in a message."""
+        return f"{self.role} rank {index} of {len(self.hosts)}"
 
     def each(self, method: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> Pending[list[T]]:
         """The method on every rank, each with arguments of its own; results in rank order."""

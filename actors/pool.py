@@ -41,6 +41,8 @@ class Worker:
     """Weights that it has proved."""
     leaving: bool = False
     memory_bytes: int = 0
+    heard_of: float = 0.0
+    """When a call to it last ended, or the first of those under way began, by the monotonic clock."""
 
 
 @dataclass(eq=False)
@@ -137,6 +139,9 @@ class Pool(Group[R]):
         logger.warning("%s worker %d died; a new one takes its place, and the others its prompts", self.role, worker.number)
         self._remove(worker)
         self._start(worker.place, newcomer=False)
+
+    def name_of(self, index: int) -> str:
+        return f"{self.role} worker {self.workers[index].number}"
 
     def close(self) -> None:
         """End all processes; their places stay reserved."""

@@ -1,6 +1,7 @@
 """The generator says what the policy says, draws the same tokens wherever a prompt lands, and outlives its workers."""
 
 import os
+import re
 import signal
 import threading
 import time
@@ -29,7 +30,7 @@ from minigpt_ray.tokenizer import load_tokenizer
 pytestmark = pytest.mark.ray
 
 VLLM = GeneratorConfig(kv_cache_mib=64, max_num_seqs=64)
-TRANSFORMERS = GeneratorConfig(backend="transformers", restart_limit=1)
+TRANSFORMERS = GeneratorConfig(backend="transformers", restart_limit=2)
 LIMIT = 512
 TOLERANCE = 1e-3
 SAMPLED, GREEDY = SamplingConfig(max_tokens=24, n=2), SamplingConfig(max_tokens=24, temperature=0)
@@ -90,8 +91,8 @@ def model(nano: Path) -> PreTrainedModel:
 
 @pytest.fixture
 def mortal(ray_cluster: None, nano: Path) -> Iterator[Generator]:
-    """Two quickly started workers, one of which may be replaced; gone before the module's other workers need the name of the role."""
-    placement = PlacementConfig(generator=GeneratorPlacement(workers=2))
+    """Two quickly started workers, which may be replaced twice; gone before the module's other workers need the name of the role."""
+    placement = PlacementConfig(generator=GeneratorPlacement(workers=2), hang_after_s=8)
     with Cluster(placement, {"generator": placement.generator}) as cluster:
         generator = Generator(cluster, str(nano), TRANSFORMERS, LIMIT, 1, seed=3, probe_tolerance=TOLERANCE)
         generator.ready()
@@ -107,8 +108,8 @@ def pids(generator: Generator) -> list[int]:
     return ray.get([host.__ray_call__.remote(lambda _: os.getpid()) for host in generator.hosts])
 
 
-def test_a_killed_worker_is_replaced_and_the_tokens_are_the_same(mortal: Generator, nano: Path) -> None:
-    """Killed in the middle of a generation; the new one is brought to the published weights first."""
+def test_a_worker_that_is_killed_or_hangs_is_replaced_and_the_tokens_are_the_same(mortal: Generator, nano: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In the middle of a generation; the new one is brought to the published weights first."""
     new = updated(nano, change=0.02)
     mortal.receive(published(new, version=5))
     sampling = replace_sampling(SAMPLED, max_tokens=200)
@@ -127,7 +128,16 @@ def test_a_killed_worker_is_replaced_and_the_tokens_are_the_same(mortal: Generat
     assert pids(mortal)[0] == first and pids(mortal)[1] != second
     assert mortal.usage_metrics(1.0)["restarts/generator"] == 1
 
-    mortal.receive(published(new, version=6))
+    stopped = pids(mortal)[1]
+    timer = threading.Timer(0.3, os.kill, (stopped, signal.SIGSTOP))
+    timer.start()
+    assert tokens(mortal.generate(PROMPTS, sampling)) == tokens(expected)
+    timer.join()
+    mortal.receive(published(new, version=6))  # nobody may have waited for the one that hangs before
+    assert tokens(mortal.generate(PROMPTS, sampling)) == tokens(expected)
+    assert stopped not in pids(mortal) and mortal.usage_metrics(1.0)["restarts/generator"] == 2
+    assert re.search(rf"generator worker \d \(process {stopped} on [\d.]+, stopped\) has been in GeneratorWorker\.(work|receive) for 8 s", caplog.text)
+
     kill(mortal, 0)
     with pytest.raises(OutOfRestarts, match=r"processes of generator died more often than generator\.restart_limit allows"):
         mortal.generate(PROMPTS, sampling)

@@ -12,9 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,10 +30,10 @@ from minigpt_ray.report import write_report
 from minigpt_ray.rl.kl import next_kl_coef
 from minigpt_ray.tokenizer import encode_prompt, load_tokenizer
 from minigpt_ray.tracking import read_metrics, read_samples
+from tests.jobs.runs import CHECKOUT, ONE_PROCESS, SECRETS, Finished, command, environment, metrics_so_far, numbers, ppo, running, wait_for
 from tests.jobs.starts import random_start
 from tests.test_metrics_doc import FIXED, documented
 
-CHECKOUT = Path(__file__).parents[2]
 GOLDEN = CHECKOUT / "tests" / "golden" / "ppo_debug.jsonl"
 CURVES = ("train/reward", "train/actor_loss", "train/critic_loss", "train/kl")
 
@@ -60,9 +58,6 @@ def held_lower_case(rollouts):
     return lower_case(rollouts)
 '''
 
-ONE_PROCESS = "placement.colocate=[[policy, critic, reference, rewards]]"
-"""Starts in half the time; the numbers are the same."""
-
 LINE = re.compile(
     r"Epoch:\[1/1\]\((\d)/(\d)\) actor_loss:-?\d+\.\d{4} critic_loss:\d+\.\d{4} reward:-?\d+\.\d{4} kl:-?\d+\.\d{4} grad_norm_actor:\d+\.\d{4} "
     r"tokens/s:\d+ MFU:\d+\.\d{2}% epoch_Time:\d+min"
@@ -80,30 +75,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def command(home: Path, *overrides: str) -> list[str]:
-    reward = ["rewards.letters.kind=function", "rewards.letters.function=a_users_rewards:lower_case"]
-    return [sys.executable, "-m", "jobs.ppo", "configs/debug/ppo.yaml", f"output_dir={home}", *reward, *overrides]
-
-
-SECRETS = {"WANDB_API_KEY": "0123456789abcdef" * 2 + "cafecafe", "HF_TOKEN": "hf_" + "TheTokenOfTheHub" * 2}
-
-
-def environment(home: Path) -> dict[str, str]:
-    return {**os.environ, **SECRETS, "PYTHONPATH": str(home), "COLUMNS": "80"}
-
-
-@dataclass(frozen=True)
-class Finished:
-    """What a run left behind."""
-
-    directory: Path
-    output: str
-
-    @property
-    def rows(self) -> list[dict[str, float]]:
-        return [row for row in read_metrics(self.directory / "metrics.jsonl") if "train/epoch" in row]
-
-
 @dataclass(frozen=True)
 class Interrupted:
     """A run of two commands with two drivers each: what they said, and the steps of the checkpoints after each of three faults."""
@@ -116,13 +87,6 @@ class Interrupted:
     after_loss: list[int]
     after_term: list[int]
     after_save: list[int]
-
-
-def ppo(home: Path, run: str, *overrides: str) -> Finished:
-    """Run to the end."""
-    done = subprocess.run(command(home, f"run={run}", *overrides), cwd=CHECKOUT, env=environment(home), capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return Finished(home / run / "ppo", done.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -169,30 +133,6 @@ def interrupted(home: Path) -> Interrupted:
         output = second.communicate(timeout=400)[0]
         assert second.returncode == 0, output
     return Interrupted(Finished(directory, output), first_output, first.returncode, listening, after_loss, after_term, after_save)
-
-
-@contextmanager
-def running(home: Path, run: str, *overrides: str) -> Iterator[subprocess.Popen[str]]:
-    """Start or go on; whatever happens, nothing is left."""
-    arguments = command(home, f"run={run}", *overrides)
-    process = subprocess.Popen(arguments, cwd=CHECKOUT, env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def metrics_so_far(directory: Path) -> list[dict[str, float]]:
-    path = directory / "metrics.jsonl"
-    return read_metrics(path) if path.exists() else []
-
-
-def wait_for(process: subprocess.Popen, happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 400
-    while not happened():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 # ---------------------------------------------------------------------------------------------------- a whole run
@@ -348,12 +288,6 @@ def test_the_golden_curve(whole: Finished) -> None:
 
 
 # --------------------------------------------------------------------------------------------- killed and resumed
-
-
-def numbers(row: dict[str, float]) -> dict[str, float]:
-    """A row without what the clock, the machine or the length of the run decides."""
-    passing = ("time/", "memory/", "pool/", "system/", "restarts/", "weights/receive_s", "train/eta", "train/mfu")
-    return {name: value for name, value in row.items() if not name.startswith(passing) and "per_second" not in name}
 
 
 @pytest.mark.slow

@@ -1,0 +1,44 @@
+"""Harm running PPO jobs in every way that is known, and see whether anything is lost.
+
+    python -m tests.chaos --faults 110                      hours; goes on where it was stopped
+    python -m tests.chaos --only driver raylet --faults 4
+
+Prints a table, which is made from a ledger with one line per fault. Ends with 1 when a run was lost or its numbers are not
+those of a run that nobody touched.
+"""
+
+import argparse
+from pathlib import Path
+
+from tests.chaos.campaign import Ledger, deal, play
+from tests.chaos.faults import FAULTS
+from tests.chaos.world import World
+
+
+def main() -> int:
+    """Exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", type=Path, default=Path("outputs/chaos"), help="of runs and ledger")
+    parser.add_argument("--faults", type=int, default=110, help="how many, all together")
+    parser.add_argument("--per-round", type=int, default=6, help="faults of one run")
+    parser.add_argument("--steps", type=int, default=20, help="of one run")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of faults and of their moments")
+    parser.add_argument("--only", nargs="*", choices=list(FAULTS), default=list(FAULTS), help="kinds of faults")
+    arguments = parser.parse_args()
+
+    world = World(arguments.directory, arguments.steps)
+    ledger = Ledger(arguments.directory / "ledger.jsonl")
+    print(f"the run that nobody touches: {world.home / 'undisturbed'}", flush=True)
+    undisturbed = world.undisturbed()
+    dealt = deal(arguments.seed, arguments.faults, arguments.only)
+    rounds = [dealt[start : start + arguments.per_round] for start in range(0, len(dealt), arguments.per_round)]
+    for number in range(ledger.rounds + 1, len(rounds) + 1):
+        entries = play(world, undisturbed, number, rounds[number - 1], arguments.seed, lambda line: print(line, flush=True))
+        ledger.add(entries)
+        print(f"round {number} of {len(rounds)}: {entries[-1].result if entries else 'lost'}", flush=True)
+    print(ledger.table())
+    return int(any(entry.result != "exact" for entry in ledger.entries))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,153 @@
+"""Rounds of faults, each round a run that is held against one that nobody touched, and the ledger of what came of them."""
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from statistics import median
+
+from safetensors.numpy import load_file
+
+from tests.chaos.faults import FAULTS
+from tests.chaos.world import World
+from tests.jobs.runs import Finished, numbers
+
+GAPS = ("generator/logprob_gap_mean", "generator/logprob_gap_max")
+"""Metrics of the generator's own logprobs, which depend on what else is in its batch."""
+CALLS = "reward_calls/"
+"""Counters of retries."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A fault that was injected, and what came of it."""
+
+    round: int
+    fault: str
+    step: int
+    """Steps that were complete."""
+    phase: str
+    """In which it came."""
+    redone: int
+    """Steps that were taken again."""
+    seconds: float
+    """That it cost: until two more steps were complete, less what these take."""
+    said: str
+    """The job's line about it."""
+    result: str
+    """`exact`: the run ended with the numbers and the tokens of the undisturbed one, to the bit; else what is not so."""
+
+
+def play(world: World, undisturbed: Finished, number: int, faults: Sequence[str], seed: int, say: Callable[[str], object]) -> list[Entry]:
+    """One run with these faults, one after the other at random moments, in any phase.
+
+    Two steps are waited for after each, since a role that dies after its work of a step is missed in the next one.
+    """
+    random = Random(f"{seed}-{number}")
+    pace = (world.steps - 3) / len(faults)
+    usual = median(row["time/step_s"] for row in undisturbed.rows)
+    entries: list[Entry] = []
+    with world.job(f"round-{number:03}") as job:
+        for index, name in enumerate(faults):
+            fault = FAULTS[name]
+            if not job.wait_for_step(max(1, int(index * pace))):
+                break
+            time.sleep(random.uniform(0, 2 * usual))
+            while not fault.inject(job, random):
+                time.sleep(0.2)
+            began, step, phase, heard = time.monotonic(), job.step, job.phase, len(job.output)
+            lived = (not fault.ends or job.start_again()) and job.wait_for_step(step + 1)
+            seconds = max(0.0, time.monotonic() - began - 1.5 * usual)
+            output = job.output[heard:]
+            said = re.search(f"^.*{fault.said}.*$", output, re.MULTILINE)
+            resumed = re.findall(r"goe?s? on after step (\d+)", output)
+            redone = step - min(int(resumed[-1]), step) if resumed else 0
+            result = "" if lived else "lost"
+            entries.append(Entry(number, name, step, phase, redone, round(seconds, 1), said[0].strip() if said else "", result))
+            say(
+                f"round {number}: {name} in step {step + 1} ({phase}): {'' if lived else 'LOST, '}{seconds:.1f} s, {redone} steps redone; {said[0].strip() if said else 'NOTHING SAID'}"
+            )
+            if not lived:
+                break
+        try:
+            job.finish()
+            result = compare(Finished(job.directory, job.output), undisturbed)
+        except AssertionError:
+            result = "lost"
+    return [Entry(**{**asdict(entry), "result": entry.result or result}) for entry in entries]
+
+
+def compare(run: Finished, undisturbed: Finished) -> str:
+    """`exact`, or in what the run differs from the other."""
+    if [row["step"] for row in run.rows] != [row["step"] for row in undisturbed.rows]:
+        return f"steps {[int(row['step']) for row in run.rows]}"
+    different: set[str] = set()
+    for mine, theirs in zip(run.rows, undisturbed.rows, strict=True):
+        mine, theirs = numbers(mine), numbers(theirs)
+        different |= {name for name in mine.keys() | theirs.keys() if not name.startswith((*GAPS, CALLS)) and mine.get(name) != theirs.get(name)}
+        different |= {name for name in GAPS if not mine[name] < 1e-3}
+    for theirs_at in sorted((undisturbed.directory / "batches").glob("step-*.safetensors")):
+        mine_at = run.directory / "batches" / theirs_at.name
+        mine, theirs = load_file(mine_at), load_file(theirs_at)
+        different |= {name for name in ("batch.token_ids", "batch.response_mask") if (mine[name] != theirs[name]).any()}
+    return "exact" if not different else f"differs in {', '.join(sorted(different))}"
+
+
+class Ledger:
+    """Entries of all rounds that are over, one JSON line each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.entries = [Entry(**json.loads(line)) for line in lines]
+
+    def add(self, entries: Iterable[Entry]) -> None:
+        with self.path.open("a") as file:
+            for entry in entries:
+                self.entries.append(entry)
+                file.write(json.dumps(asdict(entry)) + "\n")
+
+    @property
+    def rounds(self) -> int:
+        return max((entry.round for entry in self.entries), default=0)
+
+    def table(self) -> str:
+        """Markdown."""
+        lines = [
+            "| Fault | injected | recovered | numbers and tokens to the bit | said | steps redone | seconds lost, median (most) |",
+            "|---|---:|---:|---:|---:|---:|---:|",
+        ]
+        for name, fault in [*FAULTS.items(), ("", None)]:
+            mine = [entry for entry in self.entries if fault is None or entry.fault == name]
+            if not mine:
+                continue
+            seconds = [entry.seconds for entry in mine]
+            counts = [len(mine), *(sum(map(good, mine)) for good in (_recovered, _exact, _said)), sum(entry.redone for entry in mine)]
+            timing = "" if fault is None else f"{median(seconds):.0f} ({max(seconds):.0f})"
+            lines.append(f"| {fault.what if fault else 'all'} | {' | '.join(map(str, counts))} | {timing} |")
+        return "\n".join(lines)
+
+
+def _recovered(entry: Entry) -> bool:
+    return entry.result != "lost"
+
+
+def _exact(entry: Entry) -> bool:
+    return entry.result == "exact"
+
+
+def _said(entry: Entry) -> bool:
+    return bool(entry.said)
+
+
+def deal(seed: int, faults: int, names: Sequence[str] = tuple(FAULTS)) -> list[str]:
+    """So many faults, each kind as often as any other, in random order."""
+    random, dealt = Random(seed), list[str]()
+    while len(dealt) < faults:
+        deck = list(names)
+        random.shuffle(deck)
+        dealt += deck
+    return dealt[:faults]

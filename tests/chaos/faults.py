@@ -1,0 +1,128 @@
+"""What is done to a running job, and by which line the job says what it did about it."""
+
+import os
+import resource
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from random import Random
+
+import psutil
+
+from tests.chaos.world import Job
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One kind of harm."""
+
+    what: str
+    """In a table."""
+    inject: Callable[[Job, Random], bool]
+    """Do it; False when nothing is there to do it to, at this moment."""
+    said: str
+    """Regular expression of a line that the job prints afterwards."""
+    ends: bool = False
+    """The job ends of it, as it should, and the same command is given again."""
+
+
+def _signal(role: str, number: signal.Signals) -> Callable[[Job, Random], bool]:
+    def inject(job: Job, random: Random) -> bool:
+        return _send(random.choice(job.pids(role) or [0]), number)
+
+    return inject
+
+
+def _send(pid: int, number: signal.Signals) -> bool:
+    with suppress(ProcessLookupError):
+        if pid:
+            os.kill(pid, number)
+            return True
+    return False
+
+
+def _reward_function(job: Job, random: Random) -> bool:
+    """The process in which users' functions run: a child of the one that asks all sources."""
+    children = [child.pid for pid in job.pids("rewards") for child in psutil.Process(pid).children() if "resource_tracker" not in " ".join(child.cmdline())]
+    return _send(random.choice(sorted(children) or [0]), signal.SIGKILL)
+
+
+def _driver(job: Job, random: Random) -> bool:
+    return _send(job.driver(), signal.SIGKILL)
+
+
+def _of_ray(name: str) -> Callable[[Job, Random], bool]:
+    def inject(job: Job, random: Random) -> bool:
+        found = [child.pid for child in psutil.Process(job.driver()).children(recursive=True) if child.name() == name]
+        return _send(found[0] if found else 0, signal.SIGKILL)
+
+    return inject
+
+
+def _job(number: signal.Signals) -> Callable[[Job, Random], bool]:
+    return lambda job, random: _send(job.process.pid, number)
+
+
+def _damage(job: Job, random: Random) -> bool:
+    """One bit of the newest checkpoint is another one, and the driver, which would not have noticed, is killed."""
+    checkpoints = sorted((job.directory / "checkpoint").glob("step-*"))
+    if len(checkpoints) < 2:  # none to fall back to
+        return False
+    file = random.choice(sorted(path for path in checkpoints[-1].rglob("*") if path.is_file() and path.stat().st_size > 1000))
+    with file.open("r+b") as stream:
+        place = random.randrange(file.stat().st_size)
+        stream.seek(place)
+        byte = stream.read(1)[0]
+        stream.seek(place)
+        stream.write(bytes([byte ^ 1 << random.randrange(8)]))
+    return _send(job.driver(), signal.SIGKILL)
+
+
+def _full_disk(job: Job, random: Random) -> bool:
+    """The policy's process can write no file larger than 100 KiB, as if there were no more room; a checkpoint is larger."""
+    pids = job.pids("policy")
+    for pid in pids:
+        _, hard = psutil.Process(pid).rlimit(resource.RLIMIT_FSIZE)
+        psutil.Process(pid).rlimit(resource.RLIMIT_FSIZE, (100 << 10, hard))
+    return bool(pids)
+
+
+def _server(how: str) -> Callable[[Job, Random], bool]:
+    def inject(job: Job, random: Random) -> bool:
+        job.world.server.next.append(how)
+        return True
+
+    return inject
+
+
+REPEATED = "a process of {} died; the role is started again and the call repeated"
+REWOUND = "a process of {} died; the learners start again and go on after step"
+ENDED = r"{} \(process \d+ on [\d.]+, stopped\) has been in .* for \d+ s and counts as dead"
+NEXT_DRIVER = r"the driver \(process \d+\) (was killed by SIG\w+|lost Ray \(code \d+\)); restart \d+ of 99, from the newest checkpoint"
+GOES_ON = r"PPO goes on after step \d+"
+
+FAULTS = {
+    "generator": Fault("generator worker, SIGKILL", _signal("generator", signal.SIGKILL), r"generator worker \d+ died; a new one takes its place"),
+    "policy": Fault("policy rank, SIGKILL", _signal("policy", signal.SIGKILL), REWOUND.format(r"(policy|critic)")),
+    "critic": Fault("critic rank, SIGKILL", _signal("critic", signal.SIGKILL), REWOUND.format(r"(policy|critic)")),
+    "reference": Fault("reference rank, SIGKILL", _signal("reference", signal.SIGKILL), REPEATED.format("reference")),
+    "reward_model": Fault("reward model rank, SIGKILL", _signal("reward_model_0", signal.SIGKILL), REPEATED.format("reward_model_0")),
+    "rewards": Fault("process that asks the reward sources, SIGKILL", _signal("rewards", signal.SIGKILL), REPEATED.format("rewards")),
+    "function": Fault("process of a reward function, SIGKILL", _reward_function, r"rewards\.letters: a call on \d+ rollouts failed .*; it is repeated"),
+    "generator_hangs": Fault("generator worker, SIGSTOP", _signal("generator", signal.SIGSTOP), ENDED.format(r"generator worker \d+")),
+    "policy_hangs": Fault("policy rank, SIGSTOP", _signal("policy", signal.SIGSTOP), ENDED.format("policy rank 0 of 1")),
+    "critic_hangs": Fault("critic rank, SIGSTOP", _signal("critic", signal.SIGSTOP), ENDED.format("critic rank 0 of 1")),
+    "reference_hangs": Fault("reference rank, SIGSTOP", _signal("reference", signal.SIGSTOP), ENDED.format("reference rank 0 of 1")),
+    "reward_model_hangs": Fault("reward model rank, SIGSTOP", _signal("reward_model_0", signal.SIGSTOP), ENDED.format("reward_model_0 rank 0 of 1")),
+    "server_hangs": Fault("reward server gives no answer", _server("hang"), r"rewards\.served.*no answer within.*; it is repeated"),
+    "server_rubbish": Fault("reward server answers rubbish", _server("rubbish"), r"rewards\.served.*something else than.*; it is repeated"),
+    "server_trouble": Fault("reward server answers 503", _server("trouble"), r"rewards\.served.*status 503.*; it is repeated"),
+    "driver": Fault("driver, SIGKILL", _driver, NEXT_DRIVER),
+    "raylet": Fault("Ray on the host of the driver (raylet), SIGKILL", _of_ray("raylet"), NEXT_DRIVER),
+    "gcs": Fault("Ray's store (GCS), SIGKILL", _of_ray("gcs_server"), NEXT_DRIVER),
+    "damage": Fault("newest checkpoint damaged, driver SIGKILL", _damage, r"checkpoint .* is damaged .*taking the one before it"),
+    "job": Fault("whole job, SIGKILL; the same command again", _job(signal.SIGKILL), GOES_ON, ends=True),
+    "term": Fault("whole job, SIGTERM; the same command again", _job(signal.SIGTERM), GOES_ON, ends=True),
+    "full_disk": Fault("disk full while a checkpoint is written; the same command again", _full_disk, r"File too large.*checkpoint", ends=True),
+}

@@ -1,0 +1,35 @@
+"""One fault of every role in a running job; `make chaos` injects many more, and writes docs/reliability.md's table."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.campaign import Entry, Ledger, deal, play
+from tests.chaos.faults import FAULTS
+from tests.chaos.world import World
+
+ROLES = ("reference", "generator", "function", "policy", "reward_model", "critic", "server_hangs")
+
+
+@pytest.mark.slow
+def test_a_run_outlives_a_process_of_every_role_with_the_numbers_of_one_that_lost_none(tmp_path: Path) -> None:
+    world = World(tmp_path, steps=18)
+    entries = play(world, world.undisturbed(), 1, ROLES, seed=0, say=print)
+    assert [entry.fault for entry in entries] == list(ROLES)
+    assert [(entry.fault, entry.result) for entry in entries] == [(role, "exact") for role in ROLES]
+    assert not [entry.fault for entry in entries if not entry.said]
+
+
+def test_every_kind_of_fault_is_dealt_as_often_as_any_other() -> None:
+    dealt = deal(seed=1, faults=2 * len(FAULTS))
+    assert sorted(dealt) == sorted(2 * list(FAULTS)) and dealt != deal(seed=2, faults=len(dealt))
+
+
+def test_a_ledger_goes_on_and_counts_what_was_lost(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.add([Entry(1, "driver", 3, "learn", 2, 31.0, "the driver was killed", "exact"), Entry(1, "driver", 9, "rollout", 0, 41.0, "", "lost")])
+    again = Ledger(tmp_path / "ledger.jsonl")
+    assert again.rounds == 1
+    row = next(line for line in again.table().splitlines() if line.startswith("| driver"))
+    assert re.split(r" *\| *", row)[2:-1] == ["2", "1", "1", "1", "2", "36 (41)"]
