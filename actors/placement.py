@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray._private import state as ray_state
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -128,6 +129,14 @@ class Cluster:
             return self._places[name].pop(0)
         group = self._group(name, 1)
         return Place(group, 0, group.ready())
+
+    def node_of(self, host: Any) -> str:
+        """Id of the node on which a process runs."""
+        return str(ray_state.actors(host._actor_id.hex())["Address"]["NodeID"])
+
+    def draining_nodes(self) -> set[str]:
+        """Ids of the nodes that have announced their end: given up by the autoscaler, about to be taken away, or told so by `ray drain-node`."""
+        return set(ray_state.state.get_draining_nodes())
 
     def keep(self, name: str, place: Place) -> None:
         """A place of a pool is free, and stays reserved."""

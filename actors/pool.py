@@ -40,6 +40,10 @@ class Worker:
     version: int = -1
     """Weights that it has proved."""
     leaving: bool = False
+    node: str = ""
+    """Id of the node on which it runs."""
+    draining: bool = False
+    """Its node has announced its end, and somebody else was started in its stead."""
     memory_bytes: int = 0
     heard_of: float = 0.0
     """When a call to it last ended, or the first of those under way began, by the monotonic clock."""
@@ -102,7 +106,8 @@ class Pool(Group[R]):
     def resize(self, size: int) -> None:
         """Be so many workers, in time: those that are too many leave, the youngest first; those that are missing are started."""
         self.size, self._room_is_missed = size, False
-        surplus = len(self.workers) + len(self._wishes) + len(self._coming) - size
+        staying = [worker for worker in self.workers if not worker.draining]
+        surplus = len(staying) + len(self._wishes) + len(self._coming) - size
         for wish in self._wishes[max(0, len(self._wishes) - max(0, surplus)) :]:
             self._wishes.remove(wish)
             self.cluster.give_back(wish.place)
@@ -110,8 +115,8 @@ class Pool(Group[R]):
         for built in list(self._coming)[max(0, len(self._coming) - max(0, surplus)) :]:
             self._end(self._coming.pop(built))
             surplus -= 1
-        for age, worker in enumerate(self.workers):
-            worker.leaving = age >= len(self.workers) - surplus
+        for age, worker in enumerate(staying):
+            worker.leaving = age >= len(staying) - surplus
         now = time.monotonic()
         self._wishes += [_Wish(self.cluster.place(self.role), now, newcomer=True) for _ in range(-surplus)]
 
@@ -132,6 +137,9 @@ class Pool(Group[R]):
 
     def replace(self, worker: Worker, death: Exception) -> None:
         """Start another worker in the place of a dead one."""
+        if worker.draining:  # somebody is on the way already
+            self._end(worker)
+            return
         if self._restarts_left == 0:
             raise OutOfRestarts(self.role, f"{self.role}.restart_limit") from death
         self._restarts_left -= 1
@@ -162,6 +170,7 @@ class Pool(Group[R]):
         if time.monotonic() - self._looked < LOOK_SECONDS:
             return
         self._looked = time.monotonic()
+        self._leave_nodes()
         asked = self._asked()
         if asked is None:
             return
@@ -169,6 +178,18 @@ class Pool(Group[R]):
         if not refused:
             self.resize(asked)
         self._say(refused or f"the {self.role} goes from {len(self.workers)} to {asked} workers")
+
+    def _leave_nodes(self) -> None:
+        """Where a node has announced its end, start a worker elsewhere for each that it holds; these leave once the others are there."""
+        ending = self.cluster.draining_nodes()
+        for worker in self.workers:
+            if worker.node in ending and not worker.draining and not worker.leaving:
+                worker.draining = True
+                self._wishes.append(_Wish(self.cluster.place(self.role), time.monotonic(), newcomer=False))
+                self._say(f"the node of {self.role} worker {worker.number} is about to end; another one is started elsewhere")
+        if sum(not worker.draining for worker in self.workers) >= self.size:
+            for worker in self.workers:
+                worker.leaving = worker.leaving or worker.draining
 
     def _miss_room(self) -> None:
         """Say, once, that the cluster has no room for everybody."""
@@ -201,6 +222,7 @@ class Pool(Group[R]):
             else:
                 raise
             return
+        worker.node = self.cluster.node_of(worker.host)
         self.workers.append(worker)
         self.hosts = [worker.host for worker in self.workers]
 

@@ -2,12 +2,16 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import ray
 from ray import cloudpickle
@@ -148,3 +152,42 @@ def test_a_number_outside_the_bounds_is_refused_by_the_job_as_well(elastic: Elas
     elastic.ask(0)
     elastic.generator.advance()
     assert elastic.generator.size == 1 and elastic.said[-1].startswith("generator=0 is outside")
+
+
+# ------------------------------------------------------------------------------------------------ a node that ends
+
+
+@contextmanager
+def away(name: str) -> Iterator[str]:
+    """One more node of the cluster, labelled `zone=away`; its id."""
+    known = {node["NodeID"] for node in ray.nodes()}
+    start = ["start", f"--address={ray.get_runtime_context().gcs_address}", "--num-cpus=1", "--labels=zone=away", "--object-store-memory=100000000"]
+    node = subprocess.Popen([Path(sys.executable).parent / "ray", *start, f"--node-name={name}", "--disable-usage-stats", "--block"], stdout=subprocess.DEVNULL)
+    try:
+        while not (found := {node["NodeID"] for node in ray.nodes() if node["Alive"]} - known):
+            assert node.poll() is None
+            time.sleep(0.2)
+        yield found.pop()
+    finally:
+        for process in [process := psutil.Process(node.pid), *process.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        node.wait(timeout=30)
+
+
+def test_a_node_that_announces_its_end_is_left_before_it(ray_cluster: None, nano: Path, elastic: Elastic) -> None:
+    """Its worker answers until another one is there, which costs no restart and changes no token."""
+    placement = PlacementConfig(generator=GeneratorPlacement(labels={"zone": "away"}))
+    with away("first") as first, Cluster(placement, {"generator": placement.generator}) as cluster, away("second") as second:
+        generator = Generator(cluster, str(nano), GeneratorConfig(backend="transformers", max_num_seqs=8), 64, 1, seed=3, probe_tolerance=1e-3)
+        said: list[str] = []
+        generator.obey(Requests(nano), said.append)
+        generator.ready()
+        generator.receive(published(load_causal(str(nano), "float32").eval(), version=1))
+        assert [worker.node for worker in generator.workers] == [first]
+        drain = ["drain-node", f"--address={ray.get_runtime_context().gcs_address}", f"--node-id={first}", "--reason=DRAIN_NODE_REASON_PREEMPTION"]
+        subprocess.run([Path(sys.executable).parent / "ray", *drain, "--reason-message=test", "--deadline-remaining-seconds=300"], check=True)
+        while [worker.node for worker in generator.workers] != [second]:
+            assert tokens(generator.generate(PROMPTS, SAMPLING)) == elastic.alone
+        assert said == ["the node of generator worker 0 is about to end; another one is started elsewhere", "a generator worker has left; workers now: 1"]
+        assert generator.restarts == 0

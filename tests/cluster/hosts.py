@@ -1,0 +1,190 @@
+"""A cluster of several hosts on one machine: network namespaces on a bridge of their own, each with an address and a host name.
+
+Where these are not permitted the nodes of Ray share the machine's network, and whoever asks is told so.
+"""
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from tests.jobs.runs import CHECKOUT
+
+BIN = Path(sys.executable).parent
+BRIDGE, NET = "mgr-bridge", "10.213.77"
+"""The bridge, which is the machine's own end of the network, and the first three bytes of all addresses."""
+START_SECONDS = 120.0
+
+
+def run(*words: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """A command of the system."""
+    return subprocess.run([str(word) for word in words], check=check, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def namespaces_are_permitted() -> bool:
+    """Whether this process may make network namespaces."""
+    if shutil.which("ip") is None or shutil.which("unshare") is None:
+        return False
+    allowed = run("ip", "netns", "add", "mgr-probe", check=False).returncode == 0
+    if allowed:
+        run("ip", "netns", "del", "mgr-probe")
+    return allowed
+
+
+@dataclass
+class Host:
+    """One host. Its name is that of its namespace too."""
+
+    name: str
+    number: int
+    labels: str
+    cpus: int
+    sessions: Path
+    """Ray's own directory."""
+    isolated: bool
+    """It has a namespace."""
+    raylet: subprocess.Popen[bytes] | None = None
+
+    @property
+    def address(self) -> str:
+        return f"{NET}.{self.number}" if self.isolated else "127.0.0.1"
+
+    def enter(self) -> list[str]:
+        """What a command begins with that runs on this host."""
+        return ["ip", "netns", "exec", self.name] if self.isolated else []
+
+    def processes(self) -> list[psutil.Process]:
+        """All that run here."""
+        if self.isolated:
+            found = map(int, run("ip", "netns", "pids", self.name, check=False).stdout.split())
+            return [psutil.Process(pid) for pid in found if psutil.pid_exists(pid)]
+        if self.raylet is None or self.raylet.poll() is not None:
+            return []
+        return [process := psutil.Process(self.raylet.pid), *process.children(recursive=True)]
+
+    def lose(self) -> None:
+        """The power goes: every process ends at once."""
+        processes = self.processes()
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(processes, timeout=30)
+        if self.raylet is not None:
+            self.raylet.wait(30)
+
+    def cut_off(self, cut: bool = True) -> None:
+        """Nothing reaches the host, and nothing leaves it; or everything does again."""
+        run("ip", "link", "set", f"mgr-{self.number}", "down" if cut else "up")
+
+
+@dataclass
+class Hosts:
+    """The hosts of a cluster; the first is its head."""
+
+    isolated: bool
+    environment: dict[str, str]
+    """Of whoever starts nodes or submits jobs."""
+    hosts: list[Host] = field(default_factory=list)
+
+    def __getitem__(self, name: str) -> Host:
+        return next(host for host in self.hosts if host.name == name)
+
+    @property
+    def dashboard(self) -> str:
+        """Where jobs are submitted to, from outside."""
+        return f"http://{self.hosts[0].address}:8265"
+
+    def start(self, host: Host) -> None:
+        """`ray start` on a host, for the first time or after it was lost."""
+        head = host is self.hosts[0]
+        role = ["--head", "--port=6379", "--dashboard-host=0.0.0.0"] if head else [f"--address={self.hosts[0].address}:6379"]
+        options = [*role, "--block", "--disable-usage-stats", f"--node-ip-address={host.address}", f"--num-cpus={host.cpus}", f"--labels={host.labels}"]
+        options += [f"--temp-dir={host.sessions}", "--object-store-memory=200000000"]
+        ray = shlex.join([str(BIN / "ray"), "start", *options])
+        named = [*host.enter(), "unshare", "--uts", "sh", "-c", f"hostname {host.name}; exec {ray}"] if host.isolated else ["sh", "-c", f"exec {ray}"]
+        with (host.sessions / "start.log").open("ab") as log:
+            host.raylet = subprocess.Popen(named, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+    def ray(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """`ray job`, or another command that speaks to the head over HTTP, from outside."""
+        return subprocess.run(
+            [BIN / "ray", *words], cwd=CHECKOUT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900
+        )
+
+    def wait_until_up(self) -> None:
+        """The head answers."""
+        deadline = time.monotonic() + START_SECONDS
+        while self.ray("job", "list", "--address", self.dashboard).returncode:
+            log = self.hosts[0].sessions / "start.log"
+            assert self.hosts[0].raylet is not None and self.hosts[0].raylet.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(1)
+
+
+@contextmanager
+def cluster(home: Path, labels: Mapping[str, str], cpus: int) -> Iterator[Hosts]:
+    """Hosts with these names and labels, joined to one cluster; in the end nothing of them is left, whatever happened.
+
+    home: a directory that all of them see. cpus: of each host.
+    """
+    isolated = namespaces_are_permitted()
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
+    environment |= {"HOME": str(home), "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token"}
+    subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
+    hosts = Hosts(isolated, environment)
+    try:
+        for number, (name, of_node) in enumerate(labels.items(), 1):
+            hosts.hosts.append(Host(name, number, of_node, cpus, Path(tempfile.mkdtemp(prefix="ray", dir="/tmp")), isolated))
+        if isolated:
+            _connect(hosts.hosts)
+        for host in hosts.hosts:
+            hosts.start(host)
+            if host is hosts.hosts[0]:
+                hosts.wait_until_up()
+        yield hosts
+    finally:
+        for host in hosts.hosts:
+            with suppress(psutil.TimeoutExpired, subprocess.TimeoutExpired):
+                host.lose()
+            shutil.rmtree(host.sessions, ignore_errors=True)
+        if isolated:
+            _disconnect(hosts.hosts)
+
+
+def _connect(hosts: list[Host]) -> None:
+    """A namespace for each host, on a bridge that the machine is on too; every host finds the others by name."""
+    _disconnect(hosts)
+    run("ip", "link", "add", BRIDGE, "type", "bridge")
+    run("ip", "addr", "add", f"{NET}.254/24", "dev", BRIDGE)
+    run("ip", "link", "set", BRIDGE, "up")
+    names = "127.0.0.1 localhost\n" + "".join(f"{host.address} {host.name}\n" for host in hosts)
+    for host in hosts:
+        own = Path("/etc/netns") / host.name  # `ip netns exec` lays these files over those of /etc
+        own.mkdir(parents=True, exist_ok=True)
+        (own / "hosts").write_text(names)
+        run("ip", "netns", "add", host.name)
+        run("ip", "link", "add", f"mgr-{host.number}", "type", "veth", "peer", "name", "eth0", "netns", host.name)
+        run("ip", "link", "set", f"mgr-{host.number}", "master", BRIDGE, "up")
+        run(*host.enter(), "ip", "addr", "add", f"{host.address}/24", "dev", "eth0")
+        run(*host.enter(), "ip", "link", "set", "eth0", "up")
+        run(*host.enter(), "ip", "link", "set", "lo", "up")
+
+
+def _disconnect(hosts: list[Host]) -> None:
+    for host in hosts:
+        for pid in run("ip", "netns", "pids", host.name, check=False).stdout.split():
+            with suppress(ProcessLookupError, ValueError):
+                os.kill(int(pid), signal.SIGKILL)
+        run("ip", "link", "del", f"mgr-{host.number}", check=False)
+        run("ip", "netns", "del", host.name, check=False)
+        shutil.rmtree(Path("/etc/netns") / host.name, ignore_errors=True)
+    run("ip", "link", "del", BRIDGE, check=False)
