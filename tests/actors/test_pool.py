@@ -169,7 +169,7 @@ def away(name: str) -> Iterator[str]:
             time.sleep(0.2)
         yield found.pop()
     finally:
-        for process in [process := psutil.Process(node.pid), *process.children(recursive=True)]:
+        for process in [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         node.wait(timeout=30)
