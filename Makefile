@@ -5,13 +5,15 @@
 PYTHON ?= python3
 RUN ?= demo
 SEED ?= 0
+WORKERS ?= 2
+FAULTS ?= 110
 BENCH ?=
 BENCH_SUPERVISED ?=
 
-.PHONY: help setup demo life test lint unit bench clean
+.PHONY: help setup demo life test lint unit test-cluster chaos bench clean
 
 help:
-	@grep -E '^# make|^[a-z]+:.*##' Makefile | sed -e 's/^# //' -e 's/:.*## /\t/'
+	@grep -E '^# make|^[a-z-]+:.*##' Makefile | sed -e 's/^# //' -e 's/:.*## /\t/'
 
 setup: ## create .venv from the committed lock (at once when it is there)
 	@$(PYTHON) requirements/install.py
@@ -23,8 +25,14 @@ lint: setup ## ruff and mypy
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy minigpt_ray actors jobs benchmarks
 
-unit: setup ## pytest
-	.venv/bin/pytest
+unit: setup ## pytest, two files at a time (WORKERS=2): a job that starts keeps one core busy
+	.venv/bin/pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
+
+test-cluster: setup ## a cluster of three hosts in network namespaces (needs root; else three nodes on one host)
+	.venv/bin/pytest -m cluster tests/cluster
+
+chaos: setup ## harm running jobs in every way that is known, for hours; goes on where it was stopped (FAULTS=110)
+	.venv/bin/python -m tests.chaos --faults $(FAULTS)
 
 demo: setup ## prepare, SFT, PPO, evaluate, in less than ten minutes on two cores (RUN=demo SEED=0); goes on where it was stopped
 	.venv/bin/python -m jobs.pipeline configs/demo/pipeline.yaml run=$(RUN) seed=$(SEED)

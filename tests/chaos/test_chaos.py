@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from minigpt_ray.tracking import read_metrics
 from tests.chaos.campaign import Entry, Ledger, deal, play
 from tests.chaos.faults import FAULTS
 from tests.chaos.world import World
@@ -19,6 +20,9 @@ def test_a_run_outlives_a_process_of_every_role_with_the_numbers_of_one_that_los
     assert [entry.fault for entry in entries] == list(ROLES)
     assert [(entry.fault, entry.result) for entry in entries] == [(role, "exact") for role in ROLES]
     assert not [entry.fault for entry in entries if not entry.said]
+    last = [row for row in read_metrics(tmp_path / "round-001" / "ppo" / "metrics.jsonl") if "train/epoch" in row][-1]
+    roles = ("reference", "generator", "policy", "critic", "reward_model_0", "rewards", "driver")
+    assert [last[f"restarts/{role}"] for role in roles] == [1, 1, 2, 2, 1, 0, 0]
 
 
 def test_every_kind_of_fault_is_dealt_as_often_as_any_other() -> None:

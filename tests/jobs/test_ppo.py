@@ -69,7 +69,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output directory with runs that have been through prepare_data and SFT, and a user's reward function."""
     directory = tmp_path_factory.mktemp("home")
     random_start(directory, "whole")
-    for run in ("killed", "wounded", "elastic", "critic_free"):
+    for run in ("killed", "elastic", "critic_free"):
         shutil.copytree(directory / "whole", directory / run)
     (directory / "a_users_rewards.py").write_text(REWARD)
     return directory
@@ -341,41 +341,6 @@ def test_a_resumed_run_keeps_cursor_counters_and_retention(whole: Finished, inte
     assert (state["step"], state["prompts_drawn"]) == (5, 40)
     samples = [[row for row in read_samples(run.directory / "samples.jsonl") if row["step"] <= 4] for run in (whole, resumed)]
     assert samples[0] == samples[1]
-
-
-# ------------------------------------------------------------------------------------------------- processes that die
-
-
-@pytest.fixture(scope="module")
-def wounded(home: Path) -> Finished:
-    """A run of which the reference is killed after step 1, the generator's worker after step 2, and the policy after step 3."""
-    directory = home / "wounded" / "ppo"
-    with running(home, "wounded") as process:
-        for step, role in ((1, "reference"), (2, "generator"), (3, "policy")):
-            wait_for(process, lambda step=step: any(row["step"] == step and "train/epoch" in row for row in metrics_so_far(directory)))  # type: ignore[misc]
-            os.kill(json.loads((directory / "processes.json").read_text())["roles"][role][0]["pid"], signal.SIGKILL)
-        output = process.communicate(timeout=400)[0]
-        assert process.returncode == 0, output
-    return Finished(directory, output)
-
-
-@pytest.mark.slow
-def test_a_run_outlives_its_processes_with_the_numbers_of_one_that_lost_none(whole: Finished, wounded: Finished) -> None:
-    """To the bit, but for the generator's own logprobs, which depend on what else is in its batch."""
-    assert [row["step"] for row in wounded.rows] == [1, 2, 3, 4]
-    for mine, theirs in zip(wounded.rows, whole.rows, strict=True):
-        mine, theirs = numbers(mine), numbers(theirs)
-        for name in ("generator/logprob_gap_mean", "generator/logprob_gap_max"):
-            assert mine.pop(name) < 1e-3 and theirs.pop(name) < 1e-3
-        assert mine == theirs
-
-
-@pytest.mark.slow
-def test_what_died_is_counted_and_said(wounded: Finished) -> None:
-    last = wounded.rows[-1]
-    assert [last[f"restarts/{role}"] for role in ("reference", "generator", "policy", "critic", "rewards")] == [1, 1, 1, 1, 0]
-    assert "a process of policy died; the learners start again and go on after step 2" in wounded.output
-    assert "a process of reference died; the role is started again and the call repeated" in wounded.output
 
 
 # ------------------------------------------------------------------------------------------ workers that come and go
