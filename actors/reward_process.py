@@ -6,6 +6,7 @@ process of the reward sources holds torch's threads, which a fork would not surv
 
 import importlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -21,6 +22,8 @@ from typing import Any, cast
 from actors.attempts import Fault, first_line
 from actors.lineage import die_with_parent
 from minigpt_ray.rl.rollout import Rollout
+
+logger = logging.getLogger(__name__)
 
 START_S = 300.0
 """Seconds that a process may take to start, the imports of the function's module included."""
@@ -57,6 +60,7 @@ class FunctionProcess:
     def __call__(self, rollouts: list[Rollout]) -> list[float]:
         """Raises Fault. After `timeouts` and `lost` the next call starts the process again."""
         if self.process.poll() is not None:
+            logger.warning("rewards.%s: the process of its function %s; it is started again", self.name, _ended(self.process.returncode))
             self.socket.close()
             self._start()
         if not self._is_ready:
@@ -103,8 +107,7 @@ class FunctionProcess:
             code = self.process.wait()
             if expired.is_set():
                 raise Fault("timeouts", f"no answer within {seconds:g} seconds, so its process was killed") from None
-            ended = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
-            raise Fault("lost", f"its process {ended}") from None
+            raise Fault("lost", f"its process {_ended(code)}") from None
         finally:
             timer.cancel()
             timer.join()
@@ -120,6 +123,10 @@ class FunctionProcess:
             os.killpg(self.process.pid, signal.SIGKILL)
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
+
+
+def _ended(code: int) -> str:
+    return f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
 
 
 # ------------------------------------------------------------------------------------------------- the other process

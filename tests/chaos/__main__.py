@@ -21,7 +21,7 @@ def main() -> int:
     parser.add_argument("--directory", type=Path, default=Path("outputs/chaos"), help="of runs and ledger")
     parser.add_argument("--faults", type=int, default=110, help="how many, all together")
     parser.add_argument("--per-round", type=int, default=6, help="faults of one run")
-    parser.add_argument("--steps", type=int, default=20, help="of one run")
+    parser.add_argument("--steps", type=int, default=22, help="of one run: about three for each of its faults")
     parser.add_argument("--seed", type=int, default=0, help="of the order of faults and of their moments")
     parser.add_argument("--only", nargs="*", choices=list(FAULTS), default=list(FAULTS), help="kinds of faults")
     arguments = parser.parse_args()

@@ -47,18 +47,19 @@ def play(world: World, undisturbed: Finished, number: int, faults: Sequence[str]
     Two steps are waited for after each, since a role that dies after its work of a step is missed in the next one.
     """
     random = Random(f"{seed}-{number}")
-    pace = (world.steps - 3) / len(faults)
     usual = median(row["time/step_s"] for row in undisturbed.rows)
     entries: list[Entry] = []
     with world.job(f"round-{number:03}") as job:
-        for index, name in enumerate(faults):
+        job.wait_for_step(0)
+        for name in faults:
             fault = FAULTS[name]
-            if not job.wait_for_step(max(1, int(index * pace))):
-                break
-            time.sleep(random.uniform(0, 2 * usual))
-            while not fault.inject(job, random):
+            time.sleep(random.uniform(0, 1.5 * usual))
+            step, phase, heard = job.step, job.phase, len(job.output)
+            began = time.monotonic()
+            while not (done := fault.inject(job, random)) and job.process.poll() is None:
                 time.sleep(0.2)
-            began, step, phase, heard = time.monotonic(), job.step, job.phase, len(job.output)
+            if not done:
+                break
             lived = (not fault.ends or job.start_again()) and job.wait_for_step(step + 1)
             seconds = max(0.0, time.monotonic() - began - 1.5 * usual)
             output = job.output[heard:]

@@ -109,7 +109,9 @@ FAULTS = {
     "reference": Fault("reference rank, SIGKILL", _signal("reference", signal.SIGKILL), REPEATED.format("reference")),
     "reward_model": Fault("reward model rank, SIGKILL", _signal("reward_model_0", signal.SIGKILL), REPEATED.format("reward_model_0")),
     "rewards": Fault("process that asks the reward sources, SIGKILL", _signal("rewards", signal.SIGKILL), REPEATED.format("rewards")),
-    "function": Fault("process of a reward function, SIGKILL", _reward_function, r"rewards\.letters: a call on \d+ rollouts failed .*; it is repeated"),
+    "function": Fault(
+        "process of a reward function, SIGKILL", _reward_function, r"rewards\.letters: the process of its function was ended by signal 9; it is started again"
+    ),
     "generator_hangs": Fault("generator worker, SIGSTOP", _signal("generator", signal.SIGSTOP), ENDED.format(r"generator worker \d+")),
     "policy_hangs": Fault("policy rank, SIGSTOP", _signal("policy", signal.SIGSTOP), ENDED.format("policy rank 0 of 1")),
     "critic_hangs": Fault("critic rank, SIGSTOP", _signal("critic", signal.SIGSTOP), ENDED.format("critic rank 0 of 1")),

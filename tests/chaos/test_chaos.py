@@ -15,7 +15,7 @@ ROLES = ("reference", "generator", "function", "policy", "reward_model", "critic
 
 @pytest.mark.slow
 def test_a_run_outlives_a_process_of_every_role_with_the_numbers_of_one_that_lost_none(tmp_path: Path) -> None:
-    world = World(tmp_path, steps=18)
+    world = World(tmp_path, steps=22)
     entries = play(world, world.undisturbed(), 1, ROLES, seed=0, say=print)
     assert [entry.fault for entry in entries] == list(ROLES)
     assert [(entry.fault, entry.result) for entry in entries] == [(role, "exact") for role in ROLES]

@@ -29,7 +29,7 @@ HANG_SECONDS = 45.0
 OPTIONS = (
     *("evaluation.every=1000", "evaluation.num_prompts=4", "checkpoint.every=2"),
     *("restart_limit=99", "generator.restart_limit=99", "checkpoint.driver_restarts=99", f"placement.hang_after_s={HANG_SECONDS:g}"),
-    "rewards.model={kind: model, init_from: reward_model, weight: 0.1}",
+    *("rewards.letters.timeout_s=10", "rewards.model={kind: model, init_from: reward_model, weight: 0.1}"),
 )
 END_SECONDS = 600.0
 """How long a step, or the end, may take after a fault."""
@@ -157,11 +157,12 @@ class Job:
         return json.loads((self.directory / "processes.json").read_text())["driver"]
 
     def wait_for_step(self, step: int) -> bool:
-        """Until more than `step` steps are logged; False when the job ends before, or nothing comes."""
+        """Until more than `step` steps are logged, or all; False when the job dies before, or nothing comes."""
         deadline = time.monotonic() + END_SECONDS
         while self.step <= step:
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                return self.step > step
+            code = self.process.poll()
+            if code is not None or time.monotonic() > deadline:
+                return code == 0
             time.sleep(0.02)
         return True
 
