@@ -49,6 +49,10 @@ def lower_case(rollouts):
     return [sum("a" <= c <= "z" for c in r.text) / 16 for r in rollouts]
 
 
+def breaks(rollouts):
+    raise ValueError("no such letter")
+
+
 def held_lower_case(rollouts):
     """The same, once the file `gate` names this step of the run `elastic`, or a later one."""
     step = 1 + (HOME / "elastic/ppo/metrics.jsonl").read_text().count("train/epoch")
@@ -69,7 +73,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output directory with runs that have been through prepare_data and SFT, and a user's reward function."""
     directory = tmp_path_factory.mktemp("home")
     random_start(directory, "whole")
-    for run in ("killed", "elastic", "critic_free"):
+    for run in ("killed", "elastic", "critic_free", "failing"):
         shutil.copytree(directory / "whole", directory / run)
     (directory / "a_users_rewards.py").write_text(REWARD)
     return directory
@@ -502,6 +506,20 @@ def test_a_job_that_the_machine_cannot_hold_is_refused_and_leaves_nothing_behind
         "the cluster cannot hold this job: 1 GPU asked and 0 free; ask for less under `placement`, add nodes, or raise placement.wait_seconds=1" in done.stderr
     )
     assert not (home / "refused").exists()
+
+
+@pytest.mark.slow
+def test_a_reward_that_fails_too_often_ends_the_job_with_a_sentence(home: Path) -> None:
+    options = ["rewards.letters.function=a_users_rewards:breaks", "generator.backend=transformers", "evaluation.num_prompts=4", ONE_PROCESS]
+    done = subprocess.run(command(home, "run=failing", *options), cwd=CHECKOUT, env=environment(home), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.search(
+        r"^rewards\.letters: 11 of the newest \d+ rollouts stay without a score, where max_errors=0\.1 of 100 may; the last failure: "
+        r"ValueError: no such letter; mend a_users_rewards:breaks, or raise rewards\.letters\.max_errors$",
+        done.stderr,
+        re.MULTILINE,
+    )
+    assert "Traceback" not in done.stderr.split("rewards.letters: 11 of")[1]
 
 
 @pytest.fixture(autouse=True)
