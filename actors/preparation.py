@@ -22,13 +22,14 @@ from minigpt_ray.data.rows import Row
 from minigpt_ray.flops import PPOShapes
 from minigpt_ray.memory import per_process
 from minigpt_ray.model_directory import config_json, resolve_model
+from minigpt_ray.object_store import check_store
 from minigpt_ray.presets import ModelShape
 from minigpt_ray.tokenizer import load_tokenizer
 from minigpt_ray.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 
-MAY_DIFFER_ON_RESUME = ("run", "output_dir", "steps", "logging", "checkpoint", "evaluation", "placement", "generator")
+MAY_DIFFER_ON_RESUME = ("run", "output_dir", "export_to", "steps", "logging", "checkpoint", "evaluation", "placement", "generator")
 """Fields, or sections, of the configuration that a resumed run may change; any other difference would be another run."""
 REWARD_FIELDS_THAT_MAY_DIFFER = ("url", "token_env", "timeout_s", "retries", "backoff_s", "concurrency", "max_response_bytes", "max_errors", "max_outages")
 """The same for a reward source: where it is and how patiently it is asked, not what it says."""
@@ -42,6 +43,7 @@ class Preparation:
 
     def __init__(self, config: PPOConfig) -> None:
         self.config = config
+        check_store(config.export_to)
         self.directory = config.stage_dir("ppo")
         self.policy_path = resolve_model(config.policy.init_from, config.run_dir)
         self.checkpoints = Checkpoints(self.directory / "checkpoint", config.checkpoint.keep)

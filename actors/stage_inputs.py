@@ -11,6 +11,7 @@ from actors.preparation import MAY_DIFFER_ON_RESUME, find_start
 from minigpt_ray.checkpoint import Checkpoints
 from minigpt_ray.config import SupervisedConfig
 from minigpt_ray.model_directory import config_json, resolve_model
+from minigpt_ray.object_store import check_store
 from minigpt_ray.presets import PRESETS, ModelShape
 
 
@@ -50,6 +51,7 @@ class Ready:
 
 def prepare(config: SupervisedConfig) -> Ready:
     """Raises ValueError or FileNotFoundError when a model, the tokenizer or the data is not there, or when an earlier run is."""
+    check_store(config.export_to)
     directory = config.stage_dir(config.stage)
     model = None if config.model.init_from is None else resolve_model(config.model.init_from, config.run_dir)
     if model is None and config.model.preset not in PRESETS:

@@ -48,6 +48,7 @@ from minigpt_ray.data.prepared import provenance
 from minigpt_ray.flops import attention_flops, cpu_peak_flops, gpu_peak_flops, head_flops, linear_flops
 from minigpt_ray.model_directory import VALIDATION
 from minigpt_ray.models import TokenLogprobs, TokenValues, build_causal, export, load_causal, load_scalar
+from minigpt_ray.object_store import deliver
 from minigpt_ray.patience import Patience
 from minigpt_ray.stages import STAGES, Batch, Stage
 from minigpt_ray.tokenizer import load_tokenizer
@@ -123,7 +124,7 @@ def fit(ready: Ready) -> Path:
             raise SystemExit(0)
         if stopped.early:
             tracker.message(stopped.early)
-        tracker.message(f"the model is in {ready.directory / 'model'}")
+        deliver(ready.directory / "model", config.export_to, config.run, stage.name, tracker.message)
     return ready.directory / "model"
 
 

@@ -30,6 +30,7 @@ def train(config: PPOConfig) -> None:
     from actors.reference import Reference
     from actors.rewards import RewardError, Rewards
     from actors.training import Training
+    from minigpt_ray.object_store import deliver
     from minigpt_ray.rl.experience import Rollout, RolloutBatch, Scores, TrainingState
     from minigpt_ray.rl.metrics import rollout_metrics, score_metrics
     from minigpt_ray.rl.step import make_experience
@@ -75,7 +76,7 @@ def train(config: PPOConfig) -> None:
         with one_sentence((RewardError, OutOfRestarts)):
             training.run(step)
         policy.export(ready.directory / "model")
-        tracker.message(f"the model is in {ready.directory / 'model'}")
+        deliver(ready.directory / "model", config.export_to, config.run, "ppo", tracker.message)
 
 
 if __name__ == "__main__":

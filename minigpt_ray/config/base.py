@@ -115,7 +115,9 @@ class JobConfig(Config):
     @classmethod
     def _is_a_place_that_lasts(cls, path: Path) -> Path:
         if re.match(r"\w+:/", str(path)):
-            raise ValueError(f"{path} is a URL, but a run is kept in a file system that every node sees; mount one, and copy the finished model/ from there")
+            raise ValueError(
+                f"{path} is a URL, but a run is kept in a file system that every node sees; mount one, and set export_to to have the finished model there too"
+            )
         if SUBMITTED in os.environ and not path.is_absolute():
             raise ValueError(
                 f"{path} is relative, but a submitted job runs in a temporary copy of the working directory; use an absolute path that every node sees"
@@ -128,6 +130,13 @@ class JobConfig(Config):
 
     def stage_dir(self, stage: str) -> Path:
         return self.run_dir / stage
+
+
+class TrainingConfig(JobConfig):
+    """What every job has that makes a model."""
+
+    export_to: str | None = Field(default=None, pattern=r"^\w+://[^\s?]+")
+    """URL below which the finished model is written as well, as <export_to>/<run>/<stage>: s3://bucket/models, gs://, abfs://, hdfs:// or file://. It is tried before the job starts; credentials are those of the driver's environment."""
 
 
 class SamplingConfig(Config):

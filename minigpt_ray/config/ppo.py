@@ -3,7 +3,7 @@
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from minigpt_ray.config.algorithm import AlgorithmConfig
-from minigpt_ray.config.base import CheckpointConfig, Config, JobConfig, LoggingConfig, PromptsConfig, SamplingConfig, refuse_plain_bfloat16
+from minigpt_ray.config.base import CheckpointConfig, Config, LoggingConfig, PromptsConfig, SamplingConfig, TrainingConfig, refuse_plain_bfloat16
 from minigpt_ray.config.placement import PlacementConfig
 from minigpt_ray.config.rewards import AnyReward, FunctionReward, HttpReward, VerifierReward
 from minigpt_ray.config.roles import CriticConfig, GeneratorConfig, PolicyConfig, ReferenceConfig, WeightsConfig
@@ -27,7 +27,7 @@ class EvaluationConfig(Config):
         return step % self.every == 0 or step == last
 
 
-class PPOConfig(JobConfig):
+class PPOConfig(TrainingConfig):
     """python -m jobs.ppo: reinforcement learning from rewards with PPO."""
 
     steps: PositiveInt = 500

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from minigpt_ray.config.base import CheckpointConfig, Config, EngineConfig, JobConfig, LoggingConfig, OptimizerConfig, refuse_plain_bfloat16
+from minigpt_ray.config.base import CheckpointConfig, Config, EngineConfig, LoggingConfig, OptimizerConfig, TrainingConfig, refuse_plain_bfloat16
 
 
 class ModelConfig(Config):
@@ -31,7 +31,7 @@ class SourceConfig(Config):
     """Weight at the end of the run, reached linearly over `anneal_share` of it; none: the weight stays."""
 
 
-class SupervisedConfig(JobConfig):
+class SupervisedConfig(TrainingConfig):
     """What every supervised stage has; which of them it is, the class says."""
 
     stage: ClassVar[str]

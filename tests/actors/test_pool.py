@@ -7,14 +7,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import ray
 from ray import cloudpickle
+from ray._private.node import Node
+from ray._private.parameter import RayParams
 
 from actors import pool
 from actors.generator import Generator
@@ -158,27 +159,23 @@ def test_a_number_outside_the_bounds_is_refused_by_the_job_as_well(elastic: Elas
 
 
 @contextmanager
-def away(name: str) -> Iterator[str]:
+def away() -> Iterator[str]:
     """One more node of the cluster, labelled `zone=away`; its id."""
-    known = {node["NodeID"] for node in ray.nodes()}
-    start = ["start", f"--address={ray.get_runtime_context().gcs_address}", "--num-cpus=1", "--labels=zone=away", "--object-store-memory=100000000"]
-    node = subprocess.Popen([Path(sys.executable).parent / "ray", *start, f"--node-name={name}", "--disable-usage-stats", "--block"], stdout=subprocess.DEVNULL)
+    address = ray.get_runtime_context().gcs_address
+    options = RayParams(gcs_address=address, num_cpus=1, labels={"zone": "away"}, object_store_memory=100_000_000)
+    node = Node(options, head=False, shutdown_at_exit=False, spawn_reaper=False)  # `ray start` would make it the machine's own cluster
     try:
-        while not (found := {node["NodeID"] for node in ray.nodes() if node["Alive"]} - known):
-            assert node.poll() is None
-            time.sleep(0.2)
-        yield found.pop()
+        while not any(found["Alive"] and found["NodeID"] == node.node_id for found in ray.nodes()):
+            time.sleep(0.1)
+        yield node.node_id
     finally:
-        for process in [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        node.wait(timeout=30)
+        node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
 def test_a_node_that_announces_its_end_is_left_before_it(ray_cluster: None, nano: Path, elastic: Elastic) -> None:
     """Its worker answers until another one is there, which costs no restart and changes no token."""
     placement = PlacementConfig(generator=GeneratorPlacement(labels={"zone": "away"}))
-    with away("first") as first, Cluster(placement, {"generator": placement.generator}) as cluster, away("second") as second:
+    with away() as first, Cluster(placement, {"generator": placement.generator}) as cluster, away() as second:
         generator = Generator(cluster, str(nano), GeneratorConfig(backend="transformers", max_num_seqs=8), 64, 1, seed=3, probe_tolerance=1e-3)
         said: list[str] = []
         generator.obey(Requests(nano), said.append)

@@ -425,6 +425,7 @@ def critic_free(home: Path) -> Finished:
         "placement.critic.gpus=1",
         "evaluation.every=9",
         "evaluation.num_prompts=4",
+        f"export_to=file://{home}/store",
     ]
     ppo(home, "critic_free", *options, "steps=2")
     return ppo(home, "critic_free", *options, "steps=3")
@@ -441,6 +442,14 @@ def test_an_estimator_without_a_critic_starts_saves_and_measures_none(critic_fre
     checkpoint = critic_free.directory / "checkpoint" / "step-000003"
     assert (checkpoint / "policy").is_dir() and not (checkpoint / "critic").exists()
     assert "critic_loss" not in critic_free.output
+
+
+@pytest.mark.slow
+def test_the_model_is_in_the_object_store_as_well(critic_free: Finished) -> None:
+    store = critic_free.directory.parents[1] / "store" / "critic_free" / "ppo"
+    assert f"and in file://{store}" in critic_free.output.replace("\n", "")
+    for path in (critic_free.directory / "model").iterdir():
+        assert (store / path.name).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.slow
