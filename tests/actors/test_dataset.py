@@ -122,7 +122,8 @@ def prepare_documents(path, tokenizer, directory, only=None, **fields):
     return prepare_windows(STAGES["pretrain"], config, Files((path,), only), tokenizer, directory)
 
 
-def test_every_token_of_every_document_is_learnt_once(tokenizer, tmp_path):
+@pytest.mark.ray
+def test_every_token_of_every_document_is_learnt_once(ray_cluster, tokenizer, tmp_path):
     texts = documents_file(tmp_path / "d.jsonl", 300)
     directory = prepare_documents(tmp_path / "d.jsonl", tokenizer, tmp_path / "windows")
     train, validation = (StoredWindows.load(directory / part) for part in ("train", "validation"))
@@ -177,7 +178,8 @@ def test_the_driver_holds_some_blocks_of_documents_and_never_all(ray_cluster, to
     assert stored > 120e6 and memory.growth < stored / 3
 
 
-def test_one_source_of_a_file_has_windows_of_its_own(tokenizer, tmp_path):
+@pytest.mark.ray
+def test_one_source_of_a_file_has_windows_of_its_own(ray_cluster, tokenizer, tmp_path):
     documents_file(tmp_path / "d.jsonl", 40)
     directories = [prepare_documents(tmp_path / "d.jsonl", tokenizer, tmp_path / "windows", only=only, validation_share=0) for only in (None, "even", "odd")]
     whole, even, odd = (StoredWindows.load(directory / "train").num_loss_tokens.sum() for directory in directories)
