@@ -90,3 +90,18 @@ def test_the_estimate_imports_neither_torch_nor_ray(run):
     code = "import sys; from minigpt_ray.memory import estimate; print([m for m in ('torch', 'ray', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_micro_batch_holds_no_more_tokens_than_there_are(run):
+    """Of the policy: a mini-batch of rollouts at their longest, split over its ranks; of the reference: a chunk that is scored."""
+
+    def activations(*overrides):
+        options = ["data.max_prompt_tokens=50", "sampling.max_tokens=50", "sampling.n=2", "policy.micro_batch_tokens=1000", "reference.micro_batch_tokens=1000"]
+        found = {role.name: role.parts["activations"] for role in estimate(load_config(PPOConfig, ["configs/debug/ppo.yaml", *run, *options, *overrides]))}
+        return found["policy"], found["reference"]
+
+    full = activations("algorithm.mini_batch_size=16", "score_chunk=8")
+    assert activations("algorithm.mini_batch_size=8", "score_chunk=4") == pytest.approx((full[0] * 0.8, full[1] * 0.8))
+    assert activations("algorithm.mini_batch_size=8", "score_chunk=4", "placement.policy.ranks=2", "placement.reference.ranks=4") == pytest.approx(
+        (full[0] * 0.4, full[1] * 0.2)
+    )

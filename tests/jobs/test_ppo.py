@@ -26,6 +26,8 @@ from transformers import AutoModelForCausalLM
 from jobs.scale import main as scale
 from jobs.status import main as status
 from minigpt_ray.checkpoint import Checkpoints, find_fault
+from minigpt_ray.config import PPOConfig
+from minigpt_ray.memory import per_process
 from minigpt_ray.report import write_report
 from minigpt_ray.rl.kl import next_kl_coef
 from minigpt_ray.tokenizer import encode_prompt, load_tokenizer
@@ -171,6 +173,14 @@ def test_counters_and_rates_fit_together(whole: Finished) -> None:
         assert row["time/idle_share/generator"] > 0.05  # the learners have their time too, and evaluations do not count
         assert row["train/actor_lr"] == pytest.approx(3e-4) and row["train/critic_lr"] == pytest.approx(1e-3)
     assert whole.rows[-1]["train/eta_minutes"] == 0
+
+
+@pytest.mark.slow
+def test_processes_hold_what_was_estimated_before_they_started(whole: Finished) -> None:
+    """Within 15 % where this was written; libraries of other builds may be somewhat larger."""
+    estimated = per_process(PPOConfig.model_validate(yaml.safe_load((whole.directory / "config.yaml").read_text())))
+    held = {role: whole.rows[-1][f"memory/{role}_gib"] for role in ("generator", "policy", "critic", "reference", "rewards")}
+    assert held == pytest.approx(estimated, rel=0.25)
 
 
 @pytest.mark.slow
