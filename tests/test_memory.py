@@ -97,7 +97,7 @@ def test_a_micro_batch_holds_no_more_tokens_than_there_are(run):
 
     def activations(*overrides):
         options = ["data.max_prompt_tokens=50", "sampling.max_tokens=50", "sampling.n=2", "policy.micro_batch_tokens=1000", "reference.micro_batch_tokens=1000"]
-        found = {role.name: role.parts["activations"] for role in estimate(load_config(PPOConfig, ["configs/debug/ppo.yaml", *run, *options, *overrides]))}
+        found = {role.name: role.parts.get("activations") for role in estimate(load_config(PPOConfig, ["configs/debug/ppo.yaml", *run, *options, *overrides]))}
         return found["policy"], found["reference"]
 
     full = activations("algorithm.mini_batch_size=16", "score_chunk=8")
