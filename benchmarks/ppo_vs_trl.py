@@ -21,8 +21,7 @@ from rich.table import Table
 
 from benchmarks.inputs import PROMPTS, WORKLOADS, Workload, write_inputs
 from benchmarks.processes import Watched, watch
-from minigpt_ray.models import build_causal, export
-from minigpt_ray.tokenizer import load_tokenizer
+from benchmarks.shared_processes import debug_ppo
 from minigpt_ray.tracking import read_metrics
 
 OUTPUT = Path("outputs") / "bench"
@@ -67,7 +66,7 @@ def main() -> None:
                 console.print(f"{name}, round {number} of {arguments.rounds}: {system}", highlight=False)
                 results[name][system].append(run(name, WORKLOADS[name], number, arguments.steps + WARMUP_STEPS))
     console.print("memory of PPO in debug mode", highlight=False)
-    debug = run_debug()
+    debug = debug_ppo("debug")
     for name, runs in results.items():
         console.print(comparison(name, runs), own_time(runs[SYSTEMS[0]]))
     console.print(f"PPO in debug mode (configs/debug/ppo.yaml): peak PSS {debug.peak_pss_gib:.2f} GiB in {debug.processes} processes", highlight=False)
@@ -95,18 +94,6 @@ def run_trl(name: str, workload: Workload, number: int, steps: int) -> Run:
     run = Run.of(watched, directory / "metrics.jsonl")
     directory.rename(OUTPUT / name / f"trl-{number}")
     return run
-
-
-def run_debug() -> Watched:
-    """The debug mode of PPO, its policy a nano model that learnt nothing: memory does not depend on that."""
-    directory = OUTPUT / "debug"
-    shutil.rmtree(directory, ignore_errors=True)
-    where = ["run=debug", f"output_dir={OUTPUT}"]
-    job = [sys.executable, "-m"]
-    watch([*job, "jobs.prepare_data", "configs/debug/prepare_data.yaml", *where], {}, OUTPUT / "debug-prepare_data.log", directory / "none", IS_STEP)
-    tokenizer = load_tokenizer(directory / "prepare_data" / "tokenizer")
-    export(build_causal("nano", tokenizer, seed=0), tokenizer, directory / "sft" / "model")
-    return watch([*job, "jobs.ppo", "configs/debug/ppo.yaml", *where], {}, OUTPUT / "debug-ppo.log", directory / "ppo" / "metrics.jsonl", IS_STEP)
 
 
 # ----------------------------------------------------------------------------------------------------- the tables

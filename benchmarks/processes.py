@@ -20,6 +20,8 @@ class BenchmarkError(RuntimeError):
 class Watched:
     """One run of a program."""
 
+    seconds: float
+    """From its start to its end."""
     first_row: float
     """Seconds from its start to its first row of metrics."""
     peak_pss_gib: float
@@ -53,7 +55,7 @@ def watch(command: Sequence[str], environment: Mapping[str, str], log: Path, row
     if program.returncode:
         raise BenchmarkError(f"`{' '.join(command)}` ended with code {program.returncode}; its output is in {log}")
     foreign = _machine_seconds() - time.process_time() - others - sum(seconds.values())
-    return Watched(first_row, peak, processes, max(0.0, foreign) / wall)
+    return Watched(wall, first_row, peak, processes, max(0.0, foreign) / wall)
 
 
 def _tree(pid: int) -> list[psutil.Process]:
