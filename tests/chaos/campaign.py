@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from random import Random
 from statistics import median
 
+import psutil
 from safetensors.numpy import load_file
 
 from tests.chaos.faults import FAULTS
@@ -49,15 +51,18 @@ def play(world: World, undisturbed: Finished, number: int, faults: Sequence[str]
     random = Random(f"{seed}-{number}")
     usual = median(row["time/step_s"] for row in undisturbed.rows)
     entries: list[Entry] = []
-    with world.job(f"round-{number:03}") as job:
+    run = f"round-{number:03}"
+    shutil.rmtree(world.home / run, ignore_errors=True)  # of a campaign that was stopped in it
+    with world.job(run) as job:
         job.wait_for_step(0)
         for name in faults:
             fault = FAULTS[name]
             time.sleep(random.uniform(0, 1.5 * usual))
-            step, phase, heard = job.step, job.phase, len(job.output)
-            began = time.monotonic()
-            while not (done := fault.inject(job, random)) and job.process.poll() is None:
-                time.sleep(0.2)
+            done = False
+            while not done and job.process.poll() is None:
+                step, phase, heard, began = job.step, job.phase, len(job.output), time.monotonic()
+                done = fault.inject(job, random)
+                time.sleep(0 if done else 0.2)
             if not done:
                 break
             lived = (not fault.ends or job.start_again()) and job.wait_for_step(step + 1)
@@ -76,7 +81,7 @@ def play(world: World, undisturbed: Finished, number: int, faults: Sequence[str]
         try:
             job.finish()
             result = compare(Finished(job.directory, job.output), undisturbed)
-        except AssertionError:
+        except (AssertionError, psutil.TimeoutExpired):
             result = "lost"
     return [Entry(**{**asdict(entry), "result": entry.result or result}) for entry in entries]
 

@@ -126,5 +126,10 @@ FAULTS = {
     "damage": Fault("newest checkpoint damaged, driver SIGKILL", _damage, r"checkpoint .* is damaged .*taking the one before it"),
     "job": Fault("whole job, SIGKILL; the same command again", _job(signal.SIGKILL), GOES_ON, ends=True),
     "term": Fault("whole job, SIGTERM; the same command again", _job(signal.SIGTERM), GOES_ON, ends=True),
-    "full_disk": Fault("disk full while a checkpoint is written; the same command again", _full_disk, r"File too large.*checkpoint", ends=True),
+    "full_disk": Fault(
+        "disk full while a checkpoint is written; the same command again",
+        _full_disk,
+        r"while writing the checkpoint .*; earlier checkpoints are untouched",
+        ends=True,
+    ),
 }
