@@ -1,4 +1,4 @@
-"""What stands between rank 0 of a supervised stage and its driver: messages, the mailbox, and where a worker begins.
+"""What stands between the workers of a supervised stage and its driver: messages, the mailbox, and where a worker begins.
 
 Ray's and Ray Train's own processes read this module, so it imports nothing that takes long.
 """
@@ -9,6 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+
+
+@dataclass(frozen=True)
+class Started:
+    """A worker's process is there, and has not read anything yet."""
+
+    name: str
+    place: Any
+    """Whereabouts, for the watchdog."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class Stopped:
 
 
 class Mailbox:
-    """Ray actor between rank 0 and the driver, which knows what the driver has dealt with."""
+    """Ray actor between the workers and the driver, which knows what the driver has dealt with."""
 
     def __init__(self) -> None:
         self._queue: asyncio.Queue[Any] = asyncio.Queue()

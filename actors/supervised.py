@@ -33,13 +33,15 @@ from transformers import PreTrainedModel
 
 from actors.dataset import Sources, prepare_windows
 from actors.engine import Engine, all_reduce_sum
-from actors.mailbox import Begun, Logged, Mailbox, Sender, Stopped, work
+from actors.group import START_SECONDS
+from actors.mailbox import Begun, Logged, Mailbox, Sender, Started, Stopped, work
 from actors.parent import driver_restarts
 from actors.placement import connect, environment
 from actors.preflight import preflight
 from actors.prometheus import sinks
 from actors.reference_logprobs import with_reference
 from actors.stage_inputs import Ready, StageError
+from actors.watchdog import Whereabouts, end_hung_processes, keep_stacks_at_hand
 from minigpt_ray.checkpoint import batch_path, save_batch, write_json_atomic
 from minigpt_ray.cli import resolved, write_resolved
 from minigpt_ray.config import RolePlacement, SupervisedConfig
@@ -108,7 +110,7 @@ def fit(ready: Ready) -> Path:
             tracker.log(0, baseline)
         mailbox: Any = ray.remote(Mailbox).options(num_cpus=0, runtime_env=environment(1)).remote()  # type: ignore[call-overload]
         with ThreadPoolExecutor(1) as threads:
-            delivery = threads.submit(_deliver, mailbox, tracker)
+            delivery = threads.submit(_deliver, mailbox, tracker, config.hang_after_s)
             handler = signal.signal(signal.SIGTERM, lambda number, frame: mailbox.ask_to_end.remote())
             try:
                 _trainer(ready, stored, mailbox).fit()
@@ -168,20 +170,31 @@ def _trainer(ready: Ready, stored: Mapping[str, Path], mailbox: Any) -> TorchTra
     )
 
 
-def _deliver(mailbox: Any, tracker: Tracker) -> Stopped:
-    """Pass messages on to the tracker until there are no more. When that fails, the mailbox goes, and with it the workers."""
+def _deliver(mailbox: Any, tracker: Tracker, hang_after_s: float) -> Stopped:
+    """Pass messages on to the tracker until there are no more. When that fails, the mailbox goes, and with it the workers.
+
+    When there is none for `hang_after_s`, while workers start at least for START_SECONDS, they hang and are ended.
+    """
     done = begun = 0
+    workers: dict[str, Whereabouts] = {}
+    patience = starting = max(hang_after_s, START_SECONDS)
     try:
         while True:
-            messages = ray.get(mailbox.take.remote(done))
+            taken = mailbox.take.remote(done)
+            while not ray.wait([taken], timeout=patience)[0]:
+                end_hung_processes(workers, "a step", patience, environment(1))
+                workers, patience = {}, starting
+            messages = ray.get(taken)
             for message in messages:
+                if isinstance(message, Started):
+                    workers[message.name], patience = message.place, starting
                 if isinstance(message, Stopped):
                     return message
                 if isinstance(message, Logged):
                     for row in message.rows:
                         tracker.log(message.step, row | ({"restarts/driver": driver_restarts()} if "train/epoch" in row else {}))
                 elif isinstance(message, Begun):
-                    begun += 1
+                    begun, patience = begun + 1, hang_after_s
                     if begun > 1:
                         tracker.message(f"workers were lost; new ones go on after step {message.step}")
                         tracker.rewind(message.step)
@@ -196,6 +209,8 @@ def _deliver(mailbox: Any, tracker: Tracker) -> Stopped:
 
 def train(ready: Ready, stored: Mapping[str, Path], mailbox: Any) -> None:
     """What every Ray Train worker does; rank 0 is the one that sends."""
+    keep_stacks_at_hand()
+    ray.get(mailbox.put.remote(Started(f"{ready.config.stage} worker {dist.get_rank()} of {dist.get_world_size()}", Whereabouts.mine())))
     sender = Sender(mailbox) if dist.get_rank() == 0 else None
     settle_in(ready.config)
     worker = SupervisedRank(ready, read(ready, stored, "train"), read(ready, stored, "validation"))

@@ -46,28 +46,49 @@ class Limit:
     exceeded: Callable[[Sequence[int]], None]
 
 
-def end_hung(hosts: Mapping[str, Any], method: str, seconds: float, runtime_env: Mapping[str, Any]) -> None:
-    """Say where each of these processes hangs, and kill them.
+@dataclass(frozen=True)
+class Whereabouts:
+    """Where a process is."""
 
-    hosts: actor by what to call it, `policy rank 1 of 2`. runtime_env: of the tasks that look for them.
-    """
+    node: str
+    """Id of its node."""
+    address: str
+    pid: int
+
+    @classmethod
+    def mine(cls) -> "Whereabouts":
+        """Of the process that asks."""
+        return cls(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), os.getpid())
+
+
+def end_hung(hosts: Mapping[str, Any], method: str, seconds: float, runtime_env: Mapping[str, Any]) -> None:
+    """Say where each of these actors hangs, and kill their processes; names and runtime_env as in `end_hung_processes`."""
     found = {name: ray_state.actors(host._actor_id.hex()) for name, host in hosts.items()}
     for name in [name for name, actor in found.items() if not actor["Pid"]]:
         logger.warning("%s has not begun after %.0f s and counts as dead; see `ray status` for what its node lacks", name, seconds)
         ray.kill(hosts[name])
         del found[name]
+    places = {name: Whereabouts(actor["Address"]["NodeID"], actor["Address"]["IPAddress"], actor["Pid"]) for name, actor in found.items()}
+    end_hung_processes(places, method, seconds, runtime_env)
+
+
+def end_hung_processes(places: Mapping[str, Whereabouts], method: str, seconds: float, runtime_env: Mapping[str, Any]) -> None:
+    """Say where each of these processes hangs, and kill them.
+
+    places: by what to call the process, `policy rank 1 of 2`. runtime_env: of the tasks that look for them.
+    """
     reports = {}
-    for name, actor in found.items():
-        there = NodeAffinitySchedulingStrategy(actor["Address"]["NodeID"], soft=False)
+    for name, place in places.items():
+        there = NodeAffinitySchedulingStrategy(place.node, soft=False)
         task: Any = ray.remote(examine_and_kill).options(num_cpus=0, scheduling_strategy=there, runtime_env=dict(runtime_env))
-        reports[name] = task.remote(actor["Pid"])
+        reports[name] = task.remote(place.pid)
     ray.wait(list(reports.values()), num_returns=len(reports), timeout=REPORT_SECONDS)
     for name, report in reports.items():
         try:
             state, stacks = ray.get(report, timeout=0)
         except ray.exceptions.RayError as error:
             state, stacks = "on a host that does not answer", str(error)
-        where = f"process {found[name]['Pid']} on {found[name]['Address']['IPAddress']}, {state}"
+        where = f"process {places[name].pid} on {places[name].address}, {state}"
         logger.warning("%s (%s) has been in %s for %.0f s and counts as dead; it was\n%s", name, where, method, seconds, stacks)
 
 

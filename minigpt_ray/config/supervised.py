@@ -63,6 +63,8 @@ class SupervisedConfig(TrainingConfig):
     """CPUs, and compute threads, of one worker."""
     gpus_per_worker: NonNegativeInt = 0
     """GPUs of one worker."""
+    hang_after_s: PositiveFloat = 3600
+    """After so many seconds without a step the workers count as hung: their stacks are printed, and they are ended and replaced like workers that died."""
     validation_share: float = Field(default=0.02, ge=0, lt=1)
     """Share of the examples kept for the validation loss."""
     validation_every: PositiveInt = 100

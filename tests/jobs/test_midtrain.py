@@ -1,6 +1,7 @@
 """A supervised stage, here one that mixes sources, as a user runs it: wounded, stopped and killed on the way, and gone on with by the same command."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -35,7 +36,15 @@ def output_dir(tmp_path_factory):
 
 
 def start(output_dir, run):
-    arguments = ["configs/debug/midtrain.yaml", MIX, "steps=150", "checkpoint={every: 10, resume: auto}", f"run={run}", f"output_dir={output_dir}"]
+    arguments = [
+        "configs/debug/midtrain.yaml",
+        MIX,
+        "steps=150",
+        "hang_after_s=10",
+        "checkpoint={every: 10, resume: auto}",
+        f"run={run}",
+        f"output_dir={output_dir}",
+    ]
     return subprocess.Popen(
         [sys.executable, "-m", "jobs.midtrain", *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -56,8 +65,9 @@ def wait_for_rows(job, stage, number):
     assert job.poll() is None, job.communicate()[0]
 
 
-def kill_worker(job):
-    next(p for p in psutil.Process(job.pid).children(recursive=True) if "RayTrainWorker" in p.name() + "".join(p.cmdline())).kill()
+def stop_worker(job):
+    """It stands still, and does not end."""
+    next(p for p in psutil.Process(job.pid).children(recursive=True) if "RayTrainWorker" in p.name() + "".join(p.cmdline())).suspend()
 
 
 def kill_all(job):
@@ -91,15 +101,16 @@ def test_the_shares_of_a_mix_move_from_the_first_weights_to_the_last(whole):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_run_that_lost_a_worker_was_stopped_and_killed_has_the_course_of_one_that_was_not(output_dir, whole):
-    """A worker is killed and replaced; SIGTERM saves the step and ends with 0; what goes on is killed whole; what goes on then ends."""
+    """A worker hangs, is killed and replaced; SIGTERM saves the step and ends with 0; what goes on is killed whole; what goes on then ends."""
     stage = output_dir / "broken" / "midtrain"
     job = start(output_dir, "broken")
     wait_for_rows(job, stage, 25)
-    kill_worker(job)
+    stop_worker(job)
     wait_for_rows(job, stage, 60)
     job.send_signal(signal.SIGTERM)
     output, course = course_of(job, stage)
     stopped = course[-1]["step"]
+    assert re.search(r"midtrain worker \d of \d \(process \d+ on [\d.]+, stopped\) has been in a step for 10 s and counts as dead", output)
     assert "workers were lost; new ones go on after step" in output and "SIGTERM: step " in output
     assert 50 < stopped < 110 and not (stage / "model").exists()
 
