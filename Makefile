@@ -23,7 +23,7 @@ test: setup lint unit ## linter, type checker, tests
 lint: setup ## ruff and mypy
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/mypy minigpt_ray actors jobs benchmarks
+	.venv/bin/mypy --num-workers=2 minigpt_ray actors jobs benchmarks
 
 unit: setup ## pytest, two files at a time (WORKERS=2): a job that starts keeps one core busy
 	.venv/bin/pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder

@@ -20,7 +20,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import pytest  # noqa: E402
 
-LONGEST = ("test_ppo.py", "test_readme.py", "test_sft.py", "test_chaos.py", "test_midtrain.py", "test_submit.py", "test_recompute.py")
+LONGEST = ("test_ppo.py", "test_readme.py", "test_families.py", "test_sft.py", "test_chaos.py", "test_midtrain.py", "test_submit.py", "test_recompute.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -170,6 +170,8 @@ def away() -> Iterator[str]:
         yield node.node_id
     finally:
         node.kill_all_processes(check_alive=False, allow_graceful=False)
+        while any(found["Alive"] and found["NodeID"] == node.node_id for found in ray.nodes()):
+            time.sleep(0.1)
 
 
 def test_a_node_that_announces_its_end_is_left_before_it(ray_cluster: None, nano: Path, elastic: Elastic) -> None:

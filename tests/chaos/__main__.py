@@ -33,7 +33,7 @@ def main() -> int:
     dealt = deal(arguments.seed, arguments.faults, arguments.only)
     rounds = [dealt[start : start + arguments.per_round] for start in range(0, len(dealt), arguments.per_round)]
     for number in range(ledger.rounds + 1, len(rounds) + 1):
-        entries = play(world, undisturbed, number, rounds[number - 1], arguments.seed, lambda line: print(line, flush=True))
+        entries = play(world, undisturbed, number, [[name] for name in rounds[number - 1]], arguments.seed, lambda line: print(line, flush=True))
         ledger.add(entries)
         print(f"round {number} of {len(rounds)}: {entries[-1].result if entries else 'lost'}", flush=True)
     print(ledger.table())

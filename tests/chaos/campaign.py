@@ -14,7 +14,7 @@ import psutil
 from safetensors.numpy import load_file
 
 from tests.chaos.faults import FAULTS
-from tests.chaos.world import World
+from tests.chaos.world import Job, World
 from tests.jobs.runs import Finished, numbers
 
 GAPS = ("generator/logprob_gap_mean", "generator/logprob_gap_max")
@@ -43,10 +43,10 @@ class Entry:
     """`exact`: the run ended with the numbers and the tokens of the undisturbed one, to the bit; else what is not so."""
 
 
-def play(world: World, undisturbed: Finished, number: int, faults: Sequence[str], seed: int, say: Callable[[str], object]) -> list[Entry]:
-    """One run with these faults, one after the other at random moments, in any phase.
+def play(world: World, undisturbed: Finished, number: int, moments: Sequence[Sequence[str]], seed: int, say: Callable[[str], object]) -> list[Entry]:
+    """One run with some faults at each of several random moments, in any phase.
 
-    Two steps are waited for after each, since a role that dies after its work of a step is missed in the next one.
+    Two steps are waited for after a moment, since a role that dies after its work of a step is missed in the next one.
     """
     random = Random(f"{seed}-{number}")
     usual = median(row["time/step_s"] for row in undisturbed.rows)
@@ -55,28 +55,23 @@ def play(world: World, undisturbed: Finished, number: int, faults: Sequence[str]
     shutil.rmtree(world.home / run, ignore_errors=True)  # of a campaign that was stopped in it
     with world.job(run) as job:
         job.wait_for_step(0)
-        for name in faults:
-            fault = FAULTS[name]
+        for names in moments:
             time.sleep(random.uniform(0, 1.5 * usual))
-            done = False
-            while not done and job.process.poll() is None:
-                step, phase, heard, began = job.step, job.phase, len(job.output), time.monotonic()
-                done = fault.inject(job, random)
-                time.sleep(0 if done else 0.2)
-            if not done:
-                break
-            lived = (not fault.ends or job.start_again()) and job.wait_for_step(step + 1)
+            step, phase, heard, began = job.step, job.phase, len(job.output), time.monotonic()
+            injected = [name for name in names if _inject(name, job, random)]
+            lived = (not any(FAULTS[name].ends for name in injected) or job.start_again()) and job.wait_for_step(max(step, job.step) + 1)
             seconds = max(0.0, time.monotonic() - began - 1.5 * usual)
             output = job.output[heard:]
-            said = re.search(f"^.*{fault.said}.*$", output, re.MULTILINE)
             resumed = re.findall(r"goe?s? on after step (\d+)", output)
             redone = step - min(int(resumed[-1]), step) if resumed else 0
-            result = "" if lived else "lost"
-            entries.append(Entry(number, name, step, phase, redone, round(seconds, 1), said[0].strip() if said else "", result))
-            say(
-                f"round {number}: {name} in step {step + 1} ({phase}): {'' if lived else 'LOST, '}{seconds:.1f} s, {redone} steps redone; {said[0].strip() if said else 'NOTHING SAID'}"
-            )
-            if not lived:
+            for name in injected:
+                line = re.search(f"^.*{FAULTS[name].said}.*$", output, re.MULTILINE)
+                said = line[0].strip() if line else ""
+                entries.append(Entry(number, name, step, phase, redone, round(seconds, 1), said, "" if lived else "lost"))
+                say(
+                    f"round {number}: {name} in step {step + 1} ({phase}): {'' if lived else 'LOST, '}{seconds:.1f} s, {redone} redone; {said or 'NOTHING SAID'}"
+                )
+            if not lived or len(injected) < len(names):
                 break
         try:
             job.finish()
@@ -84,6 +79,15 @@ def play(world: World, undisturbed: Finished, number: int, faults: Sequence[str]
         except (AssertionError, psutil.TimeoutExpired):
             result = "lost"
     return [Entry(**{**asdict(entry), "result": entry.result or result}) for entry in entries]
+
+
+def _inject(name: str, job: Job, random: Random) -> bool:
+    """As soon as there is something to do it to; False when the job ends before."""
+    while job.process.poll() is None:
+        if FAULTS[name].inject(job, random):
+            return True
+        time.sleep(0.2)
+    return False
 
 
 def compare(run: Finished, undisturbed: Finished) -> str:

@@ -20,10 +20,9 @@ SMALL = ["documents.sources.palindromes.count=200", "documents.sources.words.cou
 STAGES = {
     "prepare_data": {"files": ["configs/data/spelling.yaml"], "overrides": [*SMALL, "prompts.sources.spelling.count=60", "held_out=0.1"]},
     "pretrain": {"files": ["configs/debug/pretrain.yaml"], "overrides": ["model.preset=qwen3-moe-nano", "steps=3", "validation_every=3"]},
-    "sft": {"files": ["configs/debug/sft.yaml"], "overrides": ["model.init_from=pretrain", "steps=3"]},
     "ppo": {
         "files": ["configs/debug/ppo.yaml"],
-        "overrides": ["steps=2", "evaluation.num_prompts=2", "placement.colocate=[[policy, reference], [critic, rewards]]"],
+        "overrides": ["policy.init_from=pretrain", "steps=2", "evaluation.num_prompts=2", "placement.colocate=[[policy, critic, reference, rewards]]"],
     },
 }
 
@@ -35,10 +34,10 @@ def test_a_mixture_of_experts_goes_from_documents_to_ppo(tmp_path: Path) -> None
     command = [sys.executable, "-m", "jobs.pipeline", str(tmp_path / "pipeline.yaml")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"}, timeout=550)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = {stage: read_metrics(tmp_path / "experts" / stage / "metrics.jsonl") for stage in ("pretrain", "sft", "ppo")}
+    rows = {stage: read_metrics(tmp_path / "experts" / stage / "metrics.jsonl") for stage in ("pretrain", "ppo")}
     assert rows["pretrain"][0].keys() == {"step", "train/global_step", "validation/unigram_perplexity"}
     assert {"validation/loss/palindromes", "validation/loss/words"} <= rows["pretrain"][-1].keys()
-    assert all(row["train/mfu_percent"] > 0 for row in (*rows["pretrain"], *rows["sft"]) if "train/loss" in row)
+    assert all(row["train/mfu_percent"] > 0 for row in rows["pretrain"] if "train/loss" in row)
 
     learnt = [row for row in rows["ppo"] if "train/actor_loss" in row]
     assert [row["weights/version"] for row in learnt] == [1, 2]
