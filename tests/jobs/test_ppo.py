@@ -443,7 +443,6 @@ def test_a_reward_that_fails_too_often_ends_the_job_with_a_sentence(mended: Mend
         rewards\.letters: 11 of the newest \d+ rollouts stay without a score, where max_errors=0\.1 of 100 may; the last failure:
         ValueError: no such letter; mend a_users_rewards:breaks, or raise rewards\.letters\.max_errors"""
     assert re.search("^" + " ".join(sentence.split()) + "$", mended.errors, re.MULTILINE), mended.errors
-    assert "Traceback" not in mended.errors.split("rewards.letters: 11 of")[1]
 
 
 @pytest.mark.slow
