@@ -20,6 +20,8 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import pytest  # noqa: E402
 
+pytest.register_assert_rewrite("tests.jobs.runs")  # its assertions say what differs, as those of tests do
+
 LONGEST = ("test_ppo.py", "test_readme.py", "test_families.py", "test_sft.py", "test_chaos.py", "test_midtrain.py", "test_submit.py", "test_recompute.py")
 
 

@@ -11,14 +11,11 @@ from random import Random
 from statistics import median
 
 import psutil
-from safetensors.numpy import load_file
 
 from tests.chaos.faults import FAULTS
 from tests.chaos.world import Job, World
-from tests.jobs.runs import Finished, numbers
+from tests.jobs.runs import GAPS, Finished, different_tokens, numbers
 
-GAPS = ("generator/logprob_gap_mean", "generator/logprob_gap_max")
-"""Metrics of the generator's own logprobs, which depend on what else is in its batch."""
 CALLS = "reward_calls/"
 """Counters of retries."""
 
@@ -99,10 +96,7 @@ def compare(run: Finished, undisturbed: Finished) -> str:
         mine, theirs = numbers(mine), numbers(theirs)
         different |= {name for name in mine.keys() | theirs.keys() if not name.startswith((*GAPS, CALLS)) and mine.get(name) != theirs.get(name)}
         different |= {name for name in GAPS if not mine[name] < 1e-3}
-    for theirs_at in sorted((undisturbed.directory / "batches").glob("step-*.safetensors")):
-        mine_at = run.directory / "batches" / theirs_at.name
-        mine, theirs = load_file(mine_at), load_file(theirs_at)
-        different |= {name for name in ("batch.token_ids", "batch.response_mask") if (mine[name] != theirs[name]).any()}
+    different |= different_tokens(run, undisturbed)
     return "exact" if not different else f"differs in {', '.join(sorted(different))}"
 
 

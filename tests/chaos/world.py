@@ -16,14 +16,9 @@ import psutil
 
 from minigpt_ray.models import export, load_scalar
 from minigpt_ray.tokenizer import load_tokenizer
-from tests.jobs.runs import CHECKOUT, ONE_PROCESS, Finished, command, environment, metrics_so_far
+from tests.jobs.runs import CHECKOUT, LOWER_CASE, ONE_PROCESS, Finished, command, environment, metrics_so_far
 from tests.jobs.starts import random_start
 
-REWARD = '''
-def lower_case(rollouts):
-    """Share of lower-case letters, a reward that a random model gets some of."""
-    return [sum("a" <= c <= "z" for c in r.text) / 16 for r in rollouts]
-'''
 HANG_SECONDS = 45.0
 """placement.hang_after_s: longer than any call of these runs takes, on a machine that does other things too."""
 OPTIONS = (
@@ -85,7 +80,7 @@ class World:
             random_start(self.home, "undisturbed")
             model = start / "sft" / "model"
             export(load_scalar(str(model), "float32", seed=5), load_tokenizer(model), start / "reward_model" / "model")
-        (self.home / "a_users_rewards.py").write_text(REWARD)
+        (self.home / "a_users_rewards.py").write_text(LOWER_CASE)
 
     def undisturbed(self) -> Finished:
         """The run that the others are held against; its roles share a process, which starts faster and changes no number."""

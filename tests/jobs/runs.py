@@ -9,9 +9,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+from safetensors.numpy import load_file
+
 from minigpt_ray.tracking import read_metrics
 
 CHECKOUT = Path(__file__).parents[2]
+
+LOWER_CASE = '''
+def lower_case(rollouts):
+    """Share of lower-case letters, a reward that a random model gets some of."""
+    return [sum("a" <= c <= "z" for c in r.text) / 16 for r in rollouts]
+'''
+"""The function that `command` asks for."""
 
 ONE_PROCESS = "placement.colocate=[[policy, critic, reference, rewards]]"
 """Starts in half the time; the numbers are the same."""
@@ -81,3 +91,26 @@ def numbers(row: dict[str, float]) -> dict[str, float]:
     """A row without what the clock, the machine or the length of the run decides."""
     passing = ("time/", "memory/", "pool/", "system/", "restarts/", "weights/receive_s", "train/eta", "train/mfu")
     return {name: value for name, value in row.items() if not name.startswith(passing) and "per_second" not in name}
+
+
+GAPS = ("generator/logprob_gap_mean", "generator/logprob_gap_max")
+"""Metrics of the generator's own logprobs, which depend on what else is in its batch."""
+
+
+def assert_same(run: Finished, other: Finished) -> None:
+    """The same steps and tokens, and the same numbers but for the last bits."""
+    assert [row["step"] for row in run.rows] == [row["step"] for row in other.rows]
+    for mine, theirs in zip(run.rows, other.rows, strict=True):
+        mine, theirs = numbers(mine), numbers(theirs)
+        for name in GAPS:
+            assert mine.pop(name) < 1e-3 and theirs.pop(name) < 1e-3
+        assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-7)
+    assert not different_tokens(run, other)
+
+
+def different_tokens(run: Finished, other: Finished) -> set[str]:
+    """Tensors that differ in some step; both runs were started with logging.batches."""
+    batches = sorted((other.directory / "batches").iterdir())
+    assert batches
+    pairs = [(load_file(run.directory / "batches" / path.name), load_file(path)) for path in batches]
+    return {name for mine, theirs in pairs for name in ("batch.token_ids", "batch.response_mask") if (mine[name] != theirs[name]).any()}
