@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from minigpt_ray.config import CalledReward
+from minigpt_ray.config import LONGEST_WAIT_S, CalledReward
 from minigpt_ray.rl.rollout import Rollout
 
 logger = logging.getLogger(__name__)
@@ -22,8 +22,6 @@ LIMITS = {"errors": "max_errors", "timeouts": "max_outages", "lost": "max_outage
 COUNTERS = (*LIMITS, "retries")
 WINDOW = 100
 """Rollouts, the newest, of which a share is taken, or all that are scored in one go if they are more: chunks may be small."""
-LONGEST_WAIT_S = 30.0
-"""Between two attempts, however many there were."""
 
 
 class Fault(Exception):

@@ -123,6 +123,11 @@ class Generator(Pool[GeneratorWorker]):
             ray.wait(self.on_their_way, num_returns=1, timeout=POLL_SECONDS)
             self.advance()
 
+    @property
+    def changing(self) -> list[Any]:
+        """What ends when a worker can do more than before: it is there, or has loaded the current weights."""
+        return [*self.on_their_way, *self._loading]
+
     def bring_up_to_date(self) -> None:
         """Workers that came since the last publication load it, without anybody waiting; raises WeightsError when one cannot prove it."""
         under_way = set(self._loading.values())
@@ -192,8 +197,7 @@ class Generator(Pool[GeneratorWorker]):
         """
         if self._asleep and self._publication is not None:
             self._deliver()
-        self._looked = 0.0  # what was asked between two steps counts for the next one
-        self.advance()
+        self.advance(look=True)  # what was asked between two steps counts for the next one
         finished: dict[int, list[Rollout]] = {}
         for position, answers in Generation(self, prompts, sampling, chunk).answers():
             finished[position] = [_rollout(prompts[position], sample, answer, self.version) for sample, answer in enumerate(answers)]
@@ -258,7 +262,7 @@ class Generation:
         try:
             while self.dispatch.open:
                 self._hand_out()
-                refs = [*self.calls, *generator.on_their_way, *generator._loading]
+                refs = [*self.calls, *generator.changing]
                 done, _ = ray.wait(refs, num_returns=1, timeout=POLL_SECONDS)
                 for call in [call for call in done if call in self.calls]:
                     yield from self._take(call)

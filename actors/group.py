@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar,
 import psutil
 import ray
 
-from actors.watchdog import Limit, keep_stacks_at_hand
+from actors.watchdog import START_SECONDS, Limit, keep_stacks_at_hand, outlast
 from minigpt_ray.timeline import Mark, Span
 
 if TYPE_CHECKING:
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 GRACE_SECONDS = 5.0
 """How long, after a rank failed, another one's death may take to show: a collective breaks before Ray reports the process that broke it."""
-
-START_SECONDS = 1800.0
-"""How long the start of a role may take at least: processes, imports, downloads, compilation."""
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -93,7 +90,7 @@ class RankHost:
 
         return "cpu" if self.rank.device == "cpu" else torch.cuda.get_device_name()
 
-    def join(self, address: str, port: int) -> None:
+    def join(self, address: str, port: int, hang_after_s: float) -> None:
         """Form the process group of all hosts of this set."""
         import torch
         import torch.distributed as dist
@@ -102,6 +99,7 @@ class RankHost:
         os.environ.update({name: str(value) for name, value in names.items()})
         if torch.cuda.is_available():
             torch.cuda.set_device(0)
+        outlast(hang_after_s)
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
     def build(self, role: str, build: Callable[..., Any], *args: Any) -> None:
@@ -216,6 +214,8 @@ class Group(Generic[R]):
         self.cluster, self.role, self._form_group = cluster, role, form_group
         self._build, self._args = build, args
         self._restarts_left, self.restarts = restarts, 0
+        self.patience = 0.0
+        """Seconds that a call may take even where placement.hang_after_s is less."""
         self.usage = Usage()
         self.marks: list[Mark] = []
         """What happened to its processes, until somebody takes it."""
@@ -231,7 +231,7 @@ class Group(Generic[R]):
 
     def _limit(self, method: Callable[..., Any], at_least: float = 0.0) -> Limit:
         """Of calls to all processes of this role, in their order: those that exceed it are ended. Calls to others may follow, which are let be."""
-        seconds = max(self.cluster.config.hang_after_s, at_least)
+        seconds = max(self.cluster.config.hang_after_s, self.patience, at_least)
 
         def exceeded(indices: Sequence[int]) -> None:
             mine = [index for index in indices if index < len(self.hosts)]

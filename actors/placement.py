@@ -157,7 +157,7 @@ class Cluster:
         if form_group and not started.joined:
             address, port = ray.get(started.hosts[0].address.remote())
             for host in started.hosts:
-                host.join.remote(address, port)
+                host.join.remote(address, port, self.config.hang_after_s)
             started.joined = True
         return list(started.hosts)
 

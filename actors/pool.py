@@ -120,9 +120,13 @@ class Pool(Group[R]):
         now = time.monotonic()
         self._wishes += [_Wish(self.cluster.place(self.role), now, newcomer=True) for _ in range(-surplus)]
 
-    def advance(self, busy: Collection[int] = ()) -> None:
-        """Take the next step with everybody who comes or goes, without waiting; workers with the numbers `busy` do not end."""
-        self._look()
+    def advance(self, busy: Collection[int] = (), look: bool = False) -> None:
+        """Take the next step with everybody who comes or goes, without waiting; workers with the numbers `busy` do not end.
+
+        Whether another size was asked for is seen once a second, and whenever the caller wants to `look`.
+        """
+        if look or time.monotonic() - self._looked >= LOOK_SECONDS:
+            self._look()
         for wish in [wish for wish in self._wishes if wish.place.is_there()]:
             self._wishes.remove(wish)
             self._start(wish.place, wish.newcomer)
@@ -166,9 +170,7 @@ class Pool(Group[R]):
         self.ready()
 
     def _look(self) -> None:
-        """See whether another size was asked for."""
-        if time.monotonic() - self._looked < LOOK_SECONDS:
-            return
+        """See whether another size was asked for, and which nodes end."""
         self._looked = time.monotonic()
         self._leave_nodes()
         asked = self._asked()

@@ -48,8 +48,6 @@ class RewardFunctions:
 
     def score(self, rollouts: list[Rollout]) -> dict[str, Scored]:
         """What every source says; all are asked at once, so that the slowest one sets the time."""
-        if len(self.sources) == 1:
-            return {name: source.score(rollouts) for name, source in self.sources.items()}
         return dict(zip(self.sources, self.threads.map(lambda source: source.score(rollouts), self.sources.values()), strict=True))
 
     def verify(self, rollouts: list[Rollout]) -> dict[str, Scored]:

@@ -12,7 +12,7 @@ from actors.placement import Cluster
 from actors.reward_functions import EVALUATION, RewardFunctions
 from actors.reward_model import RewardModel
 from actors.reward_sources import token_of
-from minigpt_ray.config import AnyReward, HttpReward, ModelReward
+from minigpt_ray.config import AnyReward, HttpReward, ModelReward, longest_score
 from minigpt_ray.rl.experience import RewardScores, RolloutBatch
 from minigpt_ray.rl.rewards import combine
 from minigpt_ray.rl.rollout import Rollout
@@ -29,6 +29,7 @@ class Rewards:
         called = {name: source for name, source in sources.items() if not isinstance(source, ModelReward)}
         models = [(name, source) for name, source in sources.items() if isinstance(source, ModelReward)]
         tokens = {name: token_of(name, source) for name, source in sources.items() if isinstance(source, HttpReward)}
+        self.sources = sources
         self.weights = {name: source.weight for name, source in sources.items()}
         self.functions = Group(cluster, "rewards", RewardFunctions, called, tokens, restarts=restarts)
         self.models = {name: RewardModel(cluster, f"reward_model_{i}", source, run_dir, policy_path, restarts) for i, (name, source) in enumerate(models)}
@@ -44,6 +45,7 @@ class Rewards:
 
         Raises RewardError when a source could not score too many of them.
         """
+        self.functions.patience = max(self.functions.patience, *(longest_score(source, len(rollouts)) for source in self.sources.values()))
         called = self.functions.first(RewardFunctions.score, list(rollouts)).then(self._scores)
         models = {name: model.scores(batch) for name, model in self.models.items()}
 

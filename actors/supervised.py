@@ -26,14 +26,13 @@ import ray.train
 import torch
 import torch.distributed as dist
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from transformers import PreTrainedModel
 
 from actors.dataset import Sources, prepare_windows
 from actors.engine import Engine, all_reduce_sum
-from actors.group import START_SECONDS
 from actors.mailbox import Begun, Logged, Mailbox, Sender, Started, Stopped, work
 from actors.parent import driver_restarts
 from actors.placement import connect, environment
@@ -41,7 +40,7 @@ from actors.preflight import preflight
 from actors.prometheus import sinks
 from actors.reference_logprobs import with_reference
 from actors.stage_inputs import Ready, StageError
-from actors.watchdog import Whereabouts, end_hung_processes, keep_stacks_at_hand
+from actors.watchdog import START_SECONDS, Whereabouts, collective_timeout, end_hung_processes, keep_stacks_at_hand, outlast
 from minigpt_ray.checkpoint import batch_path, save_batch, write_json_atomic
 from minigpt_ray.cli import resolved, write_resolved
 from minigpt_ray.config import RolePlacement, SupervisedConfig
@@ -155,6 +154,7 @@ def _trainer(ready: Ready, stored: Mapping[str, Path], mailbox: Any) -> TorchTra
     return _Trainer(
         work,
         train_loop_config={"ready_and_stored": pickle.dumps((ready, stored)), "mailbox": mailbox},
+        torch_config=TorchConfig(timeout_s=int(collective_timeout(config.hang_after_s).total_seconds())),
         scaling_config=ScalingConfig(
             num_workers=config.num_workers,
             use_gpu=config.gpus_per_worker > 0,
@@ -210,6 +210,7 @@ def _deliver(mailbox: Any, tracker: Tracker, hang_after_s: float) -> Stopped:
 def train(ready: Ready, stored: Mapping[str, Path], mailbox: Any) -> None:
     """What every Ray Train worker does; rank 0 is the one that sends."""
     keep_stacks_at_hand()
+    outlast(ready.config.hang_after_s)
     ray.get(mailbox.put.remote(Started(f"{ready.config.stage} worker {dist.get_rank()} of {dist.get_world_size()}", Whereabouts.mine())))
     sender = Sender(mailbox) if dist.get_rank() == 0 else None
     settle_in(ready.config)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 logger = logging.getLogger(__name__)
 
+START_SECONDS = 1800.0
+"""How long the start of a role may take at least: processes, imports, downloads, compilation."""
 STACKS = "minigpt_ray_stacks"
 """Name of the file in memory."""
 STACK_SECONDS = 3.0
@@ -36,6 +39,18 @@ LONGEST_REPORT = 80
 def keep_stacks_at_hand() -> None:
     """For a process that may hang, at its beginning."""
     faulthandler.register(signal.SIGUSR1, file=os.memfd_create(STACKS), all_threads=True)
+
+
+def collective_timeout(hang_after_s: float) -> timedelta:
+    """How long a rank waits for others in a collective: longer than a call or a start may take, so that the one that hangs is found, and not the one that waits."""
+    return timedelta(seconds=2 * max(hang_after_s, START_SECONDS))
+
+
+def outlast(hang_after_s: float) -> None:
+    """The process groups that this process makes from now on, DeepSpeed's among them, wait for `collective_timeout`."""
+    from torch.distributed import distributed_c10d
+
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = collective_timeout(hang_after_s)
 
 
 @dataclass(frozen=True)

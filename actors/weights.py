@@ -20,10 +20,11 @@ import xxhash
 from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
+from minigpt_ray.config import MEETING_SECONDS
+
 PROBE_LENGTH = 32
 ALIGNMENT = 16
-MEETING_TIMEOUT = timedelta(minutes=5)
-"""How long the ends of a broadcast wait for each other."""
+MEETING_TIMEOUT = timedelta(seconds=MEETING_SECONDS)
 
 T = TypeVar("T")
 NamedTensors = Iterable[tuple[str, Tensor]]

@@ -113,10 +113,8 @@ def test_text_that_looks_like_a_number_survives_the_round_trip(tmp_path):
         (["rewards.verifier.wait=1"], ["rewards.verifier.wait: unknown field"]),
         (["algorithm.mini_batch_size=60"], ["use a divisor of 64", "override algorithm.mini_batch_size=60"]),
         (
-            ["rewards.slow={kind: function, function: 'a:b', timeout_s: 1000}", "placement.hang_after_s=3000"],
-            [
-                "rewards.slow.timeout_s=1000 with retries=2 may take as long as placement.hang_after_s=3000, after which the role counts as hung; raise the latter"
-            ],
+            ["weights.transport=nccl", "placement.generator.gpus=1", "placement.policy.gpus=1", "placement.hang_after_s=300"],
+            ["placement.hang_after_s=300 is no longer than policy and generator workers wait for each other with weights.transport=nccl, 300 s; raise it"],
         ),
         (["algorithm.estimator=rloo"], ["algorithm.estimator=rloo compares the samples of a prompt, but sampling.n=1; set it to at least 2"]),
         (["algorithm.estimator=reinforce++", "placement.colocate=[[critic, reference]]"], ["placement.colocate names critic", "leave critic out of it"]),

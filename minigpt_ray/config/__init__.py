@@ -25,8 +25,18 @@ from minigpt_ray.config.mix import AnySource, DatasetConfig, FileSource, Filters
 from minigpt_ray.config.pipeline import PipelineConfig, StageConfig
 from minigpt_ray.config.placement import AnyPlacement, GeneratorPlacement, PlacementConfig, RolePlacement
 from minigpt_ray.config.ppo import EvaluationConfig, PPOConfig
-from minigpt_ray.config.rewards import AnyReward, CalledReward, FunctionReward, HttpReward, ModelReward, RewardSource, VerifierReward
-from minigpt_ray.config.roles import CriticConfig, GeneratorConfig, LearnerConfig, PolicyConfig, ReferenceConfig, WeightsConfig
+from minigpt_ray.config.rewards import (
+    LONGEST_WAIT_S,
+    AnyReward,
+    CalledReward,
+    FunctionReward,
+    HttpReward,
+    ModelReward,
+    RewardSource,
+    VerifierReward,
+    longest_score,
+)
+from minigpt_ray.config.roles import MEETING_SECONDS, CriticConfig, GeneratorConfig, LearnerConfig, PolicyConfig, ReferenceConfig, WeightsConfig
 from minigpt_ray.config.supervised import (
     DocumentsConfig,
     DPOConfig,
@@ -41,6 +51,8 @@ from minigpt_ray.config.supervised import (
 )
 
 __all__ = [
+    "LONGEST_WAIT_S",
+    "MEETING_SECONDS",
     "AlgorithmConfig",
     "AnyPlacement",
     "AnyReward",
@@ -94,5 +106,6 @@ __all__ = [
     "TokenizerConfig",
     "VerifierReward",
     "WeightsConfig",
+    "longest_score",
     "refuse_plain_bfloat16",
 ]

@@ -5,8 +5,8 @@ from pydantic import NonNegativeInt, PositiveInt, model_validator
 from minigpt_ray.config.algorithm import AlgorithmConfig
 from minigpt_ray.config.base import CheckpointConfig, Config, LoggingConfig, PromptsConfig, SamplingConfig, TrainingConfig, refuse_plain_bfloat16
 from minigpt_ray.config.placement import PlacementConfig
-from minigpt_ray.config.rewards import AnyReward, FunctionReward, HttpReward, VerifierReward
-from minigpt_ray.config.roles import CriticConfig, GeneratorConfig, PolicyConfig, ReferenceConfig, WeightsConfig
+from minigpt_ray.config.rewards import AnyReward, VerifierReward
+from minigpt_ray.config.roles import MEETING_SECONDS, CriticConfig, GeneratorConfig, PolicyConfig, ReferenceConfig, WeightsConfig
 
 
 class EvaluationConfig(Config):
@@ -107,11 +107,10 @@ class PPOConfig(TrainingConfig):
             raise ValueError("rewards is empty; name at least one source, for example rewards.verifier.kind=verifier")
         if self.generator.backend == "transformers" and self.placement.generator.tensor_parallel > 1:
             raise ValueError(f"placement.generator.tensor_parallel={self.placement.generator.tensor_parallel} needs generator.backend=vllm, found transformers")
-        for name, source in self.rewards.items():
-            if isinstance(source, FunctionReward | HttpReward) and (1 + source.retries) * source.timeout_s >= self.placement.hang_after_s:
-                raise ValueError(
-                    f"rewards.{name}.timeout_s={source.timeout_s:g} with retries={source.retries} may take as long as placement.hang_after_s={self.placement.hang_after_s:g}, after which the role counts as hung; raise the latter"
-                )
+        if self.weights.transport == "nccl" and self.placement.hang_after_s <= MEETING_SECONDS:
+            raise ValueError(
+                f"placement.hang_after_s={self.placement.hang_after_s:g} is no longer than policy and generator workers wait for each other with weights.transport=nccl, {MEETING_SECONDS:g} s; raise it"
+            )
         self._possible_on_gpus()
         return self
 

@@ -1,10 +1,14 @@
 """Reward sources, chosen by `kind`."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from minigpt_ray.config.base import Config
+
+LONGEST_WAIT_S = 30.0
+"""Between two attempts, however many there were."""
 
 
 class RewardSource(Config):
@@ -81,6 +85,17 @@ class ModelReward(RewardSource):
     """Compute dtype."""
     micro_batch_tokens: PositiveInt = 16384
     """Most tokens, padding included, that one forward holds."""
+
+
+def longest_score(source: RewardSource, rollouts: int) -> float:
+    """Seconds that a source may take, at worst, for so many rollouts: for each batch all attempts on the whole of it, then one on each rollout."""
+    if not isinstance(source, FunctionReward | HttpReward):
+        return 0.0
+    batch = min(source.batch_size or rollouts, rollouts)
+    concurrency, backoff = (source.concurrency, source.backoff_s) if isinstance(source, HttpReward) else (1, 0.0)
+    waits = sum(min(backoff * 2**attempt, LONGEST_WAIT_S) for attempt in range(source.retries))
+    turns = math.ceil(math.ceil(rollouts / max(1, batch)) / concurrency)
+    return turns * ((1 + source.retries + batch) * source.timeout_s + waits)
 
 
 AnyReward = Annotated[VerifierReward | FunctionReward | ModelReward | HttpReward, Field(discriminator="kind")]

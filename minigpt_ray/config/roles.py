@@ -76,6 +76,10 @@ class GeneratorConfig(Config):
     """How often a dead worker is replaced before the run stops."""
 
 
+MEETING_SECONDS = 300.0
+"""How long the ends of a broadcast of weights wait for each other."""
+
+
 class WeightsConfig(Config):
     """Publication of the policy's weights to the generator."""
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from ray import cloudpickle
 
 from actors.group import Group, Pending, Rank, Shared, by_reference, covered_seconds, gather
 from actors.placement import Cluster
+from actors.watchdog import START_SECONDS, collective_timeout
 from minigpt_ray.config import PlacementConfig, RolePlacement
 from minigpt_ray.timeline import Span
 
@@ -57,6 +59,11 @@ class Adder:
         dist.all_reduce(value)
         return float(value)
 
+    def patience(self) -> list[timedelta]:
+        """How long collectives wait: of the group of all hosts, and of one that a library makes."""
+        groups = (dist.group.WORLD, dist.new_group([0, 1]))
+        return [group._get_backend(torch.device("cpu")).options._timeout for group in groups if isinstance(group, dist.ProcessGroup)]
+
     def fails(self, text: str) -> None:
         if self.rank.index == 1:
             raise ValueError(text)
@@ -95,6 +102,14 @@ def test_scattered_rows_come_back_in_their_order(adders: Group[Adder], size: int
 @pytest.mark.ray
 def test_ranks_of_a_group_form_one_process_group(adders: Group[Adder]) -> None:
     assert adders.call(Adder.sum_over_ranks).result() == [3.0, 3.0]
+
+
+@pytest.mark.ray
+def test_collectives_wait_longer_than_the_watchdog(adders: Group[Adder]) -> None:
+    """Else the rank that waits fails first, and the one that hangs is not found."""
+    twice = timedelta(seconds=2 * PlacementConfig().hang_after_s)
+    assert adders.call(Adder.patience).result() == [[twice, twice], [twice, twice]]
+    assert collective_timeout(1.0) > timedelta(seconds=START_SECONDS)
 
 
 @pytest.mark.ray

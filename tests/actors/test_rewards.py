@@ -61,6 +61,9 @@ def wait_for(theirs, mine, rollouts):
         time.sleep(0.01)
     return [1.0] * len(rollouts)
 
+def silent(rollouts):
+    time.sleep(60)
+
 first, second = functools.partial(wait_for, "second", "first"), functools.partial(wait_for, "first", "second")
 """
 
@@ -275,3 +278,19 @@ def test_too_many_failures_reach_the_driver_as_one_sentence_and_are_counted_befo
         failing = [UNKNOWN_TASK] * 20
         with pytest.raises(RewardError, match=r"^the verifier of evaluations: 11 of the newest 11 .* remove such prompts from the held-out set$"):
             rewards.verify(failing).result()
+
+
+@pytest.mark.ray
+def test_a_source_may_take_all_its_attempts_before_its_process_counts_as_hung(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function that never answers: twice for both rollouts, then once for each, four seconds in all where a call may take one."""
+    (tmp_path / "rewards_that_wait.py").write_text(FUNCTIONS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    sources = {"silent": FunctionReward(function="rewards_that_wait:silent", timeout_s=1, retries=1)}
+    placement = PlacementConfig(hang_after_s=1)
+    with Cluster(placement, {"rewards": roles_of(placement, sources)["rewards"]}) as cluster:
+        rewards = Rewards(cluster, sources, tmp_path, "", restarts=1)
+        rewards.functions.ready()
+        rollouts = ROLLOUTS[:2]
+        assert rewards.score(rollouts, RolloutBatch.of(rollouts)).result().failed.tolist() == [True, True]
+        assert rewards.functions.restarts == 0
+        assert rewards.metrics()["reward_calls/silent/timeouts"] == 4
