@@ -55,6 +55,8 @@ HEADLINE = (
     ("mean response tokens", "eval/avg_response_len", "{:.1f}"),
 )
 
+REWARDS_DIFFER = "Mean reward: in an evaluation of PPO that of its own sources and their weights, above it that of the sources of jobs.evaluate."
+
 
 def headline_rows(stages: Mapping[str, Rows], measured: Mapping[str, Metrics]) -> dict[str, Metrics]:
     """Held-out results by what they are of: the models of results.json, then PPO's own first, best and last evaluation.
@@ -81,7 +83,8 @@ def _headline(stages: Mapping[str, Rows], measured: Mapping[str, Metrics]) -> st
         return ""
     shown = [column for column in HEADLINE if any(column[1] in row for row in rows.values())]
     cells = [[name, *(_cell(row, metric, form) for _, metric, form in shown)] for name, row in rows.items()]
-    return f"<h2>Held-out results</h2>{table(['', *(title for title, _, _ in shown)], cells, 'numbers')}"
+    note = f'<p class="calm">{REWARDS_DIFFER}</p>' if measured and len(rows) > len(measured) else ""
+    return f"<h2>Held-out results</h2>{table(['', *(title for title, _, _ in shown)], cells, 'numbers')}{note}"
 
 
 def _cell(row: Metrics, metric: str, form: str) -> str:
