@@ -41,10 +41,10 @@ life: RUN = life
 life: setup ## pretrain, SFT, preference pairs, reward model, DPO, PPO, evaluate (RUN=life SEED=0); goes on where it was stopped
 	.venv/bin/python -m jobs.pipeline configs/life/pipeline.yaml run=$(RUN) seed=$(SEED)
 
-bench: ## on quiet cores: supervised stages against a bare torch loop, PPO against TRL (BENCH_SUPERVISED="--rounds 1" BENCH="--rounds 1 --steps 2")
+bench: ## on quiet cores: PPO against TRL, supervised stages against a bare torch loop (BENCH="--rounds 1 --steps 2" BENCH_SUPERVISED="--rounds 1")
 	@$(PYTHON) requirements/install.py --bench
-	.venv/bin/python -m benchmarks.supervised_vs_torch $(BENCH_SUPERVISED)
 	.venv/bin/python -m benchmarks.ppo_vs_trl $(BENCH)
+	.venv/bin/python -m benchmarks.supervised_vs_torch $(BENCH_SUPERVISED)
 
 clean: ## remove what runs have written
 	rm -rf outputs

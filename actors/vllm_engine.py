@@ -1,4 +1,4 @@
-"""The vLLM engine of a generator worker: the only module that imports vllm.
+"""The vLLM engine of a generator worker; beside vllm_cpu.py the only module that imports vllm.
 
 Runs in the worker's own process (no engine subprocess), on CPU and GPU by the same code.
 """
@@ -8,50 +8,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import vllm._custom_ops
 from torch import Tensor
-from torch.nn import functional
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
-from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
 from actors.generator_worker import Completion, Key, Request
+from actors.vllm_cpu import KERNELS
 from minigpt_ray.config import GeneratorConfig, SamplingConfig
-
-# With oneDNN, vLLM on CPU packs linear weights into a private format, and a tied output head keeps the packed copy of
-# old weights after an update, silently. Without it the parameters stay live; at this size the speed is the same.
-vllm._custom_ops._supports_onednn = False
-
-
-def _keep_as_loaded(experts: CPUUnquantizedExperts, layer: torch.nn.Module) -> None:
-    """What replaces the packing of experts into a private format, into which no later weights could be loaded."""
-
-
-def _apply_as_loaded(
-    experts: CPUUnquantizedExperts,
-    output: Tensor,
-    hidden_states: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    *unused: Any,
-    **named: Any,
-) -> None:
-    """Each token through its experts, weighted, into `output`; w1 holds gate and up of every expert, w2 down."""
-    output.zero_()
-    for expert in topk_ids.unique().tolist():
-        tokens, places = (topk_ids == expert).nonzero(as_tuple=True)
-        gate, up = functional.linear(hidden_states[tokens], w1[expert]).chunk(2, dim=-1)
-        found = functional.linear(functional.silu(gate) * up, w2[expert])
-        output.index_add_(0, tokens, found * topk_weights[tokens, places, None].to(found.dtype))
-
-
-CPUUnquantizedExperts.process_weights_after_loading = _keep_as_loaded  # type: ignore[method-assign, assignment]
-CPUUnquantizedExperts.apply = _apply_as_loaded  # type: ignore[method-assign, assignment]
-
 
 T = TypeVar("T")
 CPU_BATCH_TOKENS = 4096
@@ -63,7 +28,7 @@ CHUNK_BYTES = 256 << 20
 class ModelPart:
     """What vLLM mixes into its worker, the object that holds one tensor-parallel part of the model in a process of its own.
 
-    There vLLM imports this module for it, before the model is loaded, which also turns oneDNN off.
+    There vLLM imports this module for it, before the model is loaded, and vllm_cpu.py with it.
     """
 
     rank: int
@@ -81,12 +46,12 @@ class VLLMEngine:
 
     def __init__(self, path: str, config: GeneratorConfig, max_model_len: int, tensor_parallel: int, seed: int) -> None:
         gpu = torch.cuda.is_available()
-        memory: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_utilization} if gpu else {"kv_cache_memory_bytes": config.kv_cache_mib << 20}
+        special: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_utilization} if gpu else {"kv_cache_memory_bytes": config.kv_cache_mib << 20}
         if not gpu:
             # vLLM would compile two small functions, for which it needs a C++ compiler and, the first time, 20 seconds.
             torch._dynamo.config.disable = True
             # A prompt that is read in parts makes vLLM turn back its sample's random generator, which a CPU generator cannot.
-            memory |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(CPU_BATCH_TOKENS, max_model_len)}
+            special |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(CPU_BATCH_TOKENS, max_model_len), "ir_op_priority": KERNELS}
         self.llm = LLM(
             model=path,
             dtype=config.dtype,
@@ -102,7 +67,7 @@ class VLLMEngine:
             logprobs_mode="processed_logprobs",  # after the temperature, as the learner computes them
             disable_log_stats=True,
             use_tqdm_on_load=False,
-            **memory,
+            **special,
         )
         self.eos_token_id = self.llm.get_tokenizer().eos_token_id
 

@@ -11,7 +11,7 @@ FILES = sorted(path for package in ("minigpt_ray", "actors", "jobs") for path in
 NAMES = [path.relative_to(ROOT).as_posix() for path in FILES]
 
 ONLY_IN = {
-    "vllm": {"actors/vllm_engine.py"},
+    "vllm": {"actors/vllm_engine.py", "actors/vllm_cpu.py"},
     "deepspeed": {"actors/engine.py"},
 }
 NEVER_IN = {
