@@ -26,7 +26,9 @@ def zst(data: bytes) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.jsonl", LINES), ("a.jsonl.gz", gzip.compress(LINES)), ("a.jsonl.zst", zst(LINES))])
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", LINES), ("a.jsonl.gz", gzip.compress(LINES)), ("a.jsonl.zst", zst(LINES))], ids=["plain", "gz", "zst"]
+)
 def test_compressed_lines_are_those_of_the_file(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     assert found(tmp_path / name) == [("a", "1"), ("b", "2")]
@@ -39,7 +41,7 @@ def test_compressed_arrays_and_texts_are_read_too(tmp_path: Path) -> None:
     assert found(tmp_path / "a.txt.zst") == [("é", "1")]
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.jsonl.gz", gzip.compress(LINES * 100)), ("a.jsonl.zst", zst(LINES * 100))])
+@pytest.mark.parametrize(("name", "content"), [("a.jsonl.gz", gzip.compress(LINES * 100)), ("a.jsonl.zst", zst(LINES * 100))], ids=["gz", "zst"])
 def test_a_file_that_was_cut_off_or_never_compressed_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
     for damaged in (content[: len(content) // 2], LINES):
         (tmp_path / name).write_bytes(damaged)
