@@ -5,6 +5,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -81,8 +82,9 @@ def play(world: World, undisturbed: Finished, number: int, moments: Sequence[Seq
 def _inject(name: str, job: Job, random: Random) -> bool:
     """As soon as there is something to do it to; False when the job ends before."""
     while job.process.poll() is None:
-        if FAULTS[name].inject(job, random):
-            return True
+        with suppress(psutil.NoSuchProcess):  # somebody ended meanwhile
+            if FAULTS[name].inject(job, random):
+                return True
         time.sleep(0.2)
     return False
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -367,8 +368,11 @@ def elastic(home: Path) -> Finished:
 
 def built(job: int) -> int:
     """How many processes of a job's roles have done their first call; Ray names a process after what it is doing."""
-    titles = [child.cmdline()[:1] for child in psutil.Process(job).children(recursive=True) if child.is_running()]
-    return sum(title[0] in ("ray::RankHost", "ray::RankHost.call") for title in titles if title)
+    titles = []
+    for child in psutil.Process(job).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it may end meanwhile
+            titles += child.cmdline()[:1]
+    return sum(title in ("ray::RankHost", "ray::RankHost.call") for title in titles)
 
 
 @pytest.mark.slow
