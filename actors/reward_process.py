@@ -21,12 +21,13 @@ from typing import Any, cast
 
 from actors.attempts import Fault, first_line
 from actors.lineage import die_with_parent
+from minigpt_ray.config import START_AGAIN_S
 from minigpt_ray.rl.rollout import Rollout
 
 logger = logging.getLogger(__name__)
 
 START_S = 300.0
-"""Seconds that a process may take to start, the imports of the function's module included."""
+"""Seconds that a process may take to start for the first time, the imports of the function's module included."""
 
 RewardFunction = Callable[[list[Rollout]], list[float]]
 
@@ -64,7 +65,7 @@ class FunctionProcess:
             self.socket.close()
             self._start()
         if not self._is_ready:
-            self._listen(START_S)
+            self._listen(START_AGAIN_S)
             self._is_ready = True
         return cast(list[float], self._listen(self.timeout_s, rollouts)["scores"])
 

@@ -27,6 +27,7 @@ from minigpt_ray.config.placement import AnyPlacement, GeneratorPlacement, Place
 from minigpt_ray.config.ppo import EvaluationConfig, PPOConfig
 from minigpt_ray.config.rewards import (
     LONGEST_WAIT_S,
+    START_AGAIN_S,
     AnyReward,
     CalledReward,
     FunctionReward,
@@ -53,6 +54,7 @@ from minigpt_ray.config.supervised import (
 __all__ = [
     "LONGEST_WAIT_S",
     "MEETING_SECONDS",
+    "START_AGAIN_S",
     "AlgorithmConfig",
     "AnyPlacement",
     "AnyReward",

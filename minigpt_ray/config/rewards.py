@@ -9,6 +9,8 @@ from minigpt_ray.config.base import Config
 
 LONGEST_WAIT_S = 30.0
 """Between two attempts, however many there were."""
+START_AGAIN_S = 60.0
+"""How long the process of a function may take to start again, the imports of its module included."""
 
 
 class RewardSource(Config):
@@ -92,10 +94,10 @@ def longest_score(source: RewardSource, rollouts: int) -> float:
     if not isinstance(source, FunctionReward | HttpReward):
         return 0.0
     batch = min(source.batch_size or rollouts, rollouts)
-    concurrency, backoff = (source.concurrency, source.backoff_s) if isinstance(source, HttpReward) else (1, 0.0)
+    concurrency, backoff, start = (source.concurrency, source.backoff_s, 0.0) if isinstance(source, HttpReward) else (1, 0.0, START_AGAIN_S)
     waits = sum(min(backoff * 2**attempt, LONGEST_WAIT_S) for attempt in range(source.retries))
     turns = math.ceil(math.ceil(rollouts / max(1, batch)) / concurrency)
-    return turns * ((1 + source.retries + batch) * source.timeout_s + waits)
+    return turns * ((1 + source.retries + batch) * (source.timeout_s + start) + waits)
 
 
 AnyReward = Annotated[VerifierReward | FunctionReward | ModelReward | HttpReward, Field(discriminator="kind")]
