@@ -130,7 +130,7 @@ def process(index: int, path: Path, port: int) -> None:
     """One of two ranks; what it found goes to a file."""
     os.environ |= {"DS_ACCELERATOR": "cpu", "DS_ACCELERATOR_LOG_LEVEL": "ERROR"}
     host = RankHost(index, 2, threads=1)
-    host.join("127.0.0.1", port)
+    host.join("127.0.0.1", port, hang_after_s=60)
     torch.save(course(path, host.rank), path / f"rank-{index}.pt")
     dist.barrier()
     dist.destroy_process_group()
