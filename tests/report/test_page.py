@@ -17,7 +17,7 @@ from minigpt_ray.config import PPOConfig
 from minigpt_ray.report import write_report
 from minigpt_ray.report.answers import compared_answers, spread
 from minigpt_ray.report.curves import series, smooth
-from minigpt_ray.report.page import headline_rows
+from minigpt_ray.report.page import REWARDS_DIFFER, headline_rows
 from tests.report.example import sample, write_run
 
 
@@ -83,7 +83,7 @@ def test_headline_holds_the_models_of_evaluate_and_ppos_own_evaluations(run):
     (run / "evaluate").mkdir()
     (run / "evaluate/results.json").write_text(json.dumps({"sft": {"eval/accuracy": 0.4}, "ppo": {"eval/accuracy": 0.65, "eval/avg_response_len": 8.26}}))
     text = write_report(run).read_text()
-    assert "65.0%" in text and "8.3" in text and "ppo, last evaluation (step 50)" in text
+    assert "65.0%" in text and "8.3" in text and "ppo, last evaluation (step 50)" in text and REWARDS_DIFFER in text
     rows = headline_rows({"ppo": [{"step": step, "eval/accuracy": value} for step, value in ((0, 0.5), (5, 0.7), (9, math.nan))]}, {})
     assert list(rows) == ["ppo, first evaluation (step 0)", "ppo, best evaluation (step 5)", "ppo, last evaluation (step 9)"]
 
