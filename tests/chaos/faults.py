@@ -11,6 +11,7 @@ from random import Random
 import psutil
 
 from tests.chaos.world import Job
+from tests.jobs.runs import title
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def _send(pid: int, number: signal.Signals) -> bool:
 
 def _reward_function(job: Job, random: Random) -> bool:
     """The process in which users' functions run: a child of the one that asks all sources."""
-    children = [child.pid for pid in job.pids("rewards") for child in psutil.Process(pid).children() if "resource_tracker" not in " ".join(child.cmdline())]
+    children = [child.pid for pid in job.pids("rewards") for child in psutil.Process(pid).children() if "resource_tracker" not in title(child.pid)]
     return _send(random.choice(sorted(children) or [0]), signal.SIGKILL)
 
 

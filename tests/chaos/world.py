@@ -16,7 +16,7 @@ import psutil
 
 from minigpt_ray.models import export, load_scalar
 from minigpt_ray.tokenizer import load_tokenizer
-from tests.jobs.runs import CHECKOUT, LOWER_CASE, ONE_PROCESS, Finished, command, environment, metrics_so_far
+from tests.jobs.runs import CHECKOUT, LOWER_CASE, ONE_PROCESS, Finished, command, environment, metrics_so_far, title
 from tests.jobs.starts import random_start
 
 HANG_SECONDS = 45.0
@@ -146,7 +146,7 @@ class Job:
     def pids(self, role: str) -> list[int]:
         """Processes of a role, as far as they live."""
         places = json.loads((self.directory / "processes.json").read_text())["roles"][role]
-        return [place["pid"] for place in places if _title(place["pid"]).startswith("ray::")]
+        return [place["pid"] for place in places if title(place["pid"]).startswith("ray::")]
 
     def driver(self) -> int:
         return json.loads((self.directory / "processes.json").read_text())["driver"]
@@ -173,10 +173,3 @@ class Job:
                 with suppress(psutil.NoSuchProcess):
                     os.kill(member.pid, signal.SIGKILL)
             psutil.wait_procs(family, timeout=30)
-
-
-def _title(pid: int) -> str:
-    try:
-        return " ".join(psutil.Process(pid).cmdline())
-    except psutil.NoSuchProcess:
-        return ""

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.numpy import load_file
 
@@ -85,6 +86,14 @@ def wait_for(process: subprocess.Popen, happened: Callable[[], bool]) -> None:
     while not happened():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
+
+
+def title(pid: int) -> str:
+    """What a process calls itself, its command line if it says nothing else; empty when it has ended."""
+    try:
+        return " ".join(psutil.Process(pid).cmdline()).strip()
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def numbers(row: dict[str, float]) -> dict[str, float]:

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +44,7 @@ from tests.jobs.runs import (
     numbers,
     ppo,
     running,
+    title,
     wait_for,
 )
 from tests.jobs.starts import random_start
@@ -368,11 +368,7 @@ def elastic(home: Path) -> Finished:
 
 def built(job: int) -> int:
     """How many processes of a job's roles have done their first call; Ray names a process after what it is doing."""
-    titles = []
-    for child in psutil.Process(job).children(recursive=True):
-        with suppress(psutil.NoSuchProcess):  # it may end meanwhile
-            titles += child.cmdline()[:1]
-    return sum(title in ("ray::RankHost", "ray::RankHost.call") for title in titles)
+    return sum(title(child.pid) in ("ray::RankHost", "ray::RankHost.call") for child in psutil.Process(job).children(recursive=True))
 
 
 @pytest.mark.slow
