@@ -43,6 +43,7 @@ def environment(threads: int) -> dict[str, Any]:
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_LOGGING_LEVEL": "ERROR",
             "TORCH_CPP_LOG_LEVEL": "ERROR",
+            "TORCH_LOGS": "-torch._library.triton",  # errors alone: it warns that there is no Triton, as on any CPU
             "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "PYTHONPATH": os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]),
@@ -179,7 +180,10 @@ class Cluster:
         end_hung(hosts, method, seconds, environment(1))
 
     def close(self) -> None:
-        """Give the reservations back; the processes in them end."""
+        """End the roles' processes at once, since one that is asked to end may say what that interrupts; give the reservations back, and what is left in them ends."""
+        for started in self._started.values():
+            for host in started.hosts:
+                ray.kill(host)
         for group in self._groups:
             remove_placement_group(group)
 

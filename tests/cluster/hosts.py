@@ -115,6 +115,20 @@ class Hosts:
         with (host.sessions / "start.log").open("ab") as log:
             host.raylet = subprocess.Popen(named, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
+    def start_again(self) -> None:
+        """After the head was lost: the others' Ray ends without it, and all begin anew."""
+        for host in self.hosts:
+            if host.raylet is not None:
+                host.raylet.wait(START_SECONDS)
+        self.start_all()
+
+    def start_all(self) -> None:
+        """The head, and the others as soon as it answers."""
+        for host in self.hosts:
+            self.start(host)
+            if host is self.hosts[0]:
+                self.wait_until_up()
+
     def ray(self, *words: str) -> subprocess.CompletedProcess[str]:
         """`ray job`, or another command that speaks to the head over HTTP, from outside."""
         return subprocess.run(
@@ -146,10 +160,7 @@ def cluster(home: Path, labels: Mapping[str, str], cpus: int) -> Iterator[Hosts]
             hosts.hosts.append(Host(name, number, of_node, cpus, Path(tempfile.mkdtemp(prefix="ray", dir="/tmp")), isolated))
         if isolated:
             _connect(hosts.hosts)
-        for host in hosts.hosts:
-            hosts.start(host)
-            if host is hosts.hosts[0]:
-                hosts.wait_until_up()
+        hosts.start_all()
         yield hosts
     finally:
         for host in hosts.hosts:

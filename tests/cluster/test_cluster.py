@@ -28,7 +28,7 @@ SPREAD = (
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What all hosts see."""
     directory = tmp_path_factory.mktemp("shared")
-    random_start(directory, "alone", "apart", "lost", "cut")
+    random_start(directory, "alone", "apart", "lost", "headless", "cut")
     (directory / "a_users_rewards.py").write_text(LOWER_CASE)
     return directory
 
@@ -110,6 +110,16 @@ def test_the_host_of_the_generator_is_lost_and_comes_back(alone: Finished, hosts
     hosts.start(hosts["mgr-generator"])
     run = job.finish()
     assert re.search(r"generator worker \d+ died; a new one takes its place", run.output)
+    assert_same(run, alone)
+
+
+def test_the_head_is_lost_and_the_same_command_given_again(alone: Finished, hosts: Hosts, home: Path) -> None:
+    """The job dies with the host that its driver is on; what is left of the cluster ends by itself."""
+    Submitted(hosts, home, "headless", steps=8).wait_for_step(3)
+    hosts["mgr-head"].lose()
+    hosts.start_again()
+    run = Submitted(hosts, home, "headless", steps=8).finish()
+    assert re.search(r"PPO goes on after step \d", run.output)
     assert_same(run, alone)
 
 

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from minigpt_ray.models import build_causal, export
 from minigpt_ray.tokenizer import train_tokenizer
 from minigpt_ray.tracking import read_metrics
+from tests.jobs.runs import title
 
 ROOT = Path(__file__).parents[2]
 MIX = "mix={sums: {weight: 3, final_weight: 1}, words: {weight: 1, final_weight: 3}}"
@@ -67,7 +68,7 @@ def wait_for_rows(job, stage, number):
 
 def stop_worker(job):
     """It stands still, and does not end."""
-    next(p for p in psutil.Process(job.pid).children(recursive=True) if "RayTrainWorker" in p.name() + "".join(p.cmdline())).suspend()
+    next(p for p in psutil.Process(job.pid).children(recursive=True) if "RayTrainWorker" in title(p.pid)).suspend()
 
 
 def kill_all(job):
