@@ -4,6 +4,7 @@
 
 Writes <run>-trl/ppo/metrics.jsonl with the held-out accuracy under the names of our own, so that `--curves` draws both. Learning
 rate, batch, clip and KL coefficient are the demo's, which suited this trainer best too; it has one optimizer for policy and critic.
+With --may-pad the policy may say the padding token, as TRL leaves it to, and collapses.
 """
 
 import argparse
@@ -17,7 +18,7 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 from minigpt_ray.config import PromptsConfig
@@ -53,6 +54,20 @@ class Verifier:
             score = verify(answer, str(self.tokenizer.decode(row[context:], skip_special_tokens=True)))
             scores.append(0.5 * (score == 1) + 0.5 * score)
         return None, torch.tensor(scores), None
+
+
+def never_pads(model: PreTrainedModel, pad: int) -> None:
+    """Take the padding token from what a model may say.
+
+    TRL takes a sampled one for the end of a response and computes no loss on it. So nothing holds against its probability, which grows
+    with every token that is made less likely, until all responses are empty.
+    """
+
+    def forbid(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+        output.logits = output.logits.index_fill(-1, torch.tensor(pad), -1e4)
+        return output
+
+    model.register_forward_hook(forbid)
 
 
 class Evaluation(TrainerCallback):
@@ -93,6 +108,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=45, help="steps between evaluations")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--may-pad", action="store_true", help="the policy may say the padding token")
     arguments = parser.parse_args()
     start, output = str(arguments.run / "sft" / "model"), arguments.run.with_name(f"{arguments.run.name}-trl") / "ppo"
     tokenizer = load_tokenizer(start)
@@ -100,6 +116,9 @@ def main() -> None:
     sets = (load_prompts(PromptsConfig(), arguments.run / "prepare_data" / f"{name}.jsonl", tokenizer).prompts for name in ("prompts", "held_out"))
     prompts, held_out = sets
     policy, reference = (AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32) for _ in range(2))
+    if not arguments.may_pad:
+        for model in (policy, reference):
+            never_pads(model, tokenizer.pad_token_id)
     critic = AutoModelForSequenceClassification.from_pretrained(start, num_labels=1, dtype=torch.float32)
     verifier = Verifier(tokenizer, prompts)
     config = PPOConfig(
