@@ -64,14 +64,11 @@ class Timed:
 
 
 class RankHost:
-    """The process that holds rank objects. Made a Ray actor by placement.Cluster."""
+    """The process that holds rank objects. Made a Ray actor by placement.Cluster. Imports torch when a role asks for it: rewards do not."""
 
-    def __init__(self, index: int, world: int, threads: int) -> None:
-        import torch
-
-        torch.set_num_threads(threads)
+    def __init__(self, index: int, world: int, device: str) -> None:
         keep_stacks_at_hand()
-        self.rank = Rank(index, world, "cuda" if torch.cuda.is_available() else "cpu")
+        self.rank = Rank(index, world, device)
         self.roles: dict[str, Any] = {}
 
     def address(self) -> tuple[str, int]:
@@ -86,9 +83,11 @@ class RankHost:
 
     def device_name(self) -> str:
         """`cpu`, or the name of this process's GPU."""
+        if self.rank.device == "cpu":
+            return "cpu"
         import torch
 
-        return "cpu" if self.rank.device == "cpu" else torch.cuda.get_device_name()
+        return torch.cuda.get_device_name()
 
     def join(self, address: str, port: int, hang_after_s: float) -> None:
         """Form the process group of all hosts of this set."""
@@ -97,10 +96,10 @@ class RankHost:
 
         names = {"MASTER_ADDR": address, "MASTER_PORT": port, "RANK": self.rank.index, "WORLD_SIZE": self.rank.world, "LOCAL_RANK": 0, "LOCAL_SIZE": 1}
         os.environ.update({name: str(value) for name, value in names.items()})
-        if torch.cuda.is_available():
+        if self.rank.device == "cuda":
             torch.cuda.set_device(0)
         outlast(hang_after_s)
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("nccl" if self.rank.device == "cuda" else "gloo")
 
     def build(self, role: str, build: Callable[..., Any], *args: Any) -> None:
         self.roles[role] = build(self.rank, *args)

@@ -173,7 +173,7 @@ class Cluster:
             scheduling_strategy=PlacementGroupSchedulingStrategy(place.group, placement_group_bundle_index=place.bundle),
             runtime_env=environment(role.cpus),
         )
-        return actor.remote(index, role.ranks, role.cpus)
+        return actor.remote(index, role.ranks, "cuda" if role.gpus else "cpu")
 
     def end_hung(self, hosts: Mapping[str, Any], method: str, seconds: float) -> None:
         """Say where these processes hang, and kill them: their calls end with RayActorError."""

@@ -30,7 +30,7 @@ from minigpt_ray.presets import ModelShape
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
 
-PROCESS_GIB = {"generator": 0.65, "policy": 0.5, "critic": 0.5, "rewards": 0.4}
+PROCESS_GIB = {"generator": 0.65, "policy": 0.5, "critic": 0.5, "rewards": 0.2}
 """What a process holds with its libraries loaded and no model, in GiB."""
 OTHER_PROCESS_GIB = 0.43
 GPU_CONTEXT_GIB = 0.6

@@ -38,7 +38,7 @@ def _process_group() -> Iterator[dict[str, str]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    RankHost(0, 1, threads=1).join("127.0.0.1", port, hang_after_s=60)
+    RankHost(0, 1, device="cpu").join("127.0.0.1", port, hang_after_s=60)
     formed = {name: value for name, value in os.environ.items() if before.get(name) != value}
     os.environ.clear()
     os.environ.update(before)

@@ -129,7 +129,7 @@ def gradient_of(rank: PolicyRank | CriticRank, taken: Experience) -> dict[str, T
 def process(index: int, path: Path, port: int) -> None:
     """One of two ranks; what it found goes to a file."""
     os.environ |= {"DS_ACCELERATOR": "cpu", "DS_ACCELERATOR_LOG_LEVEL": "ERROR"}
-    host = RankHost(index, 2, threads=1)
+    host = RankHost(index, 2, device="cpu")
     host.join("127.0.0.1", port, hang_after_s=60)
     torch.save(course(path, host.rank), path / f"rank-{index}.pt")
     dist.barrier()

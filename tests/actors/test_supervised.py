@@ -287,7 +287,7 @@ def weights_of(worker):
 def process(index, directory, port):
     """One of two ranks; what it found goes to a file."""
     os.environ |= {"DS_ACCELERATOR": "cpu", "DS_ACCELERATOR_LOG_LEVEL": "ERROR"}
-    RankHost(index, 2, threads=1).join("127.0.0.1", port, hang_after_s=60)
+    RankHost(index, 2, device="cpu").join("127.0.0.1", port, hang_after_s=60)
     torch.save(ranks_course(directory), directory / f"rank-{index}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -19,6 +19,7 @@ def main() -> int:
     """Exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, default=Path("outputs/chaos"), help="of runs and ledger")
+    parser.add_argument("--ledger", type=Path, help="default: ledger.jsonl in that directory; of the campaign on record: docs/chaos.jsonl")
     parser.add_argument("--faults", type=int, default=110, help="how many, all together")
     parser.add_argument("--per-round", type=int, default=6, help="faults of one run")
     parser.add_argument("--steps", type=int, default=22, help="of one run: about three for each of its faults")
@@ -27,7 +28,7 @@ def main() -> int:
     arguments = parser.parse_args()
 
     world = World(arguments.directory, arguments.steps)
-    ledger = Ledger(arguments.directory / "ledger.jsonl")
+    ledger = Ledger(arguments.ledger or arguments.directory / "ledger.jsonl")
     print(f"the run that nobody touches: {world.home / 'undisturbed'}", flush=True)
     undisturbed = world.undisturbed()
     dealt = deal(arguments.seed, arguments.faults, arguments.only)
