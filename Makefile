@@ -38,7 +38,7 @@ demo: setup ## prepare, SFT, PPO, evaluate, in less than ten minutes on two core
 	.venv/bin/python -m jobs.pipeline configs/demo/pipeline.yaml run=$(RUN) seed=$(SEED)
 
 life: RUN = life
-life: setup ## pretrain, SFT, preference pairs, reward model, DPO, PPO, evaluate (RUN=life SEED=0); goes on where it was stopped
+life: setup ## pretrain, midtrain, SFT, preference pairs, reward model, DPO, PPO, evaluate (RUN=life SEED=0); goes on where it was stopped
 	.venv/bin/python -m jobs.pipeline configs/life/pipeline.yaml run=$(RUN) seed=$(SEED)
 
 bench: ## on quiet cores: PPO against TRL, supervised stages against a bare torch loop (BENCH="--rounds 1 --steps 2" BENCH_SUPERVISED="--rounds 1")
