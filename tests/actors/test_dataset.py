@@ -1,7 +1,9 @@
 """Windows are made once, by Ray Data, and say what is in them."""
 
 import json
+import os
 import re
+import signal
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -64,6 +66,25 @@ def test_every_row_is_in_one_window_of_one_part(ray_cluster, tokenizer, tmp_path
     assert len(learnt(validation, tokenizer)) == 3
     assert sorted(learnt(train, tokenizer) + learnt(validation, tokenizer)) == sorted(answers)
     assert train.num_examples.sum() == 27 and train.token_ids.shape[1] == 128
+
+
+@pytest.mark.ray
+def test_a_data_worker_that_is_killed_is_replaced_and_the_windows_are_the_same(ray_cluster, tokenizer, tmp_path, monkeypatch):
+    path = demonstrations(tmp_path / "a.jsonl", [f"answer {i}" for i in range(30)])
+    stage, died = replace(STAGES["sft"], block_items=7), tmp_path / "died"
+
+    def dies_once(tokenizer, item, config):
+        if str(item.place).endswith(":16") and not died.exists():
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return stage.encode(tokenizer, item, config)
+
+    monkeypatch.setitem(STAGES, "sft", stage)
+    undisturbed = prepare_sft(path, tokenizer, tmp_path / "undisturbed") / "train"
+    monkeypatch.setitem(STAGES, "sft", replace(stage, encode=dies_once))
+    disturbed = prepare_sft(path, tokenizer, tmp_path / "disturbed") / "train"
+    assert died.exists()
+    assert {file.name: file.read_bytes() for file in disturbed.iterdir()} == {file.name: file.read_bytes() for file in undisturbed.iterdir()}
 
 
 def test_windows_are_made_again_only_when_what_they_are_made_from_changes(tokenizer, tmp_path):
