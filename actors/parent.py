@@ -47,7 +47,7 @@ def keep_running(train: Callable[[C], None], config: C) -> None:
             code = parent.wait()
             if parent.said_farewell() or parent.asked or -code in ASKED:
                 break
-            died = f"the driver (process {pid}) {f'was killed by {signal.Signals(-code).name}' if code < 0 else f'lost Ray (code {code})'}"
+            died = f"the driver (process {pid}) {f'was killed by {signal.Signals(-code).name}' if code < 0 else f'lost Ray, or a role (code {code})'}"
             if restarts == limit:
                 print(f"{died}; checkpoint.driver_restarts={limit} are used up", file=sys.stderr, flush=True)
                 break
@@ -64,14 +64,16 @@ def driver_restarts() -> int:
 
 
 def _drive(train: Callable[[C], None], config: C, restarts: int) -> bool:
-    """The life of a driver; False when Ray was lost. Other exceptions are raised."""
+    """The life of a driver; False when Ray was lost, or a role outside of a step. Other exceptions are raised."""
     os.environ[RESTARTS] = str(restarts)
     try:
         train(config)
     except Exception as error:
         from ray.exceptions import RayError, RayTaskError
 
-        if not isinstance(error, RayError) or isinstance(error, RayTaskError):  # the latter: an exception of our code on a rank
+        from actors.group import RoleLost
+
+        if not isinstance(error, RayError | RoleLost) or isinstance(error, RayTaskError):  # the last: an exception of our code on a rank
             raise
         traceback.print_exc()
         return False

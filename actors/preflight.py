@@ -98,32 +98,39 @@ def room(roles: Mapping[str, AnyPlacement], memory: Mapping[str, float], nodes: 
     return {name: found[name] for name in roles}
 
 
-def preflight(roles: Mapping[str, AnyPlacement], memory: Mapping[str, float] | None = None, wait_seconds: float = SAY_EVERY_SECONDS, own: bool = False) -> None:
+def preflight(
+    roles: Mapping[str, AnyPlacement],
+    memory: Mapping[str, float] | None = None,
+    wait_seconds: float = SAY_EVERY_SECONDS,
+    own: bool = False,
+    section: str = "placement.",
+) -> None:
     """Return when there is room for all roles; raise PlacementError, with a table of what is asked and what is there, after `wait_seconds`.
 
     memory: estimated GiB of one rank of a role, on its GPU or, without one, in its host; roles that are not in it are not compared.
-    own: the cluster was started for this job, so that nobody will leave it, and no node come.
+    own: the cluster was started for this job, so that nobody will leave it, and no node come. section: of the configuration, where wait_seconds is.
     """
     if _shortage(roles, memory or {}) is None:
         return
     needs = [role for role in roles.values() for _ in range(role.ranks)]
     request_resources(bundles=[bundle(role) for role in needs], bundle_label_selectors=[dict(role.labels) for role in needs])
     try:
-        _wait(roles, memory or {}, min(OWN_SECONDS, wait_seconds) if own else wait_seconds)
+        _wait(roles, memory or {}, min(OWN_SECONDS, wait_seconds) if own else wait_seconds, section)
     finally:
         request_resources(bundles=[])
 
 
-def _wait(roles: Mapping[str, AnyPlacement], memory: Mapping[str, float], seconds: float) -> None:
+def _wait(roles: Mapping[str, AnyPlacement], memory: Mapping[str, float], seconds: float, section: str) -> None:
     end = time.monotonic() + seconds
     say = -math.inf
     while (shortage := _shortage(roles, memory)) is not None:
         left = end - time.monotonic()
         if left <= 0:
-            remedy = f"ask for less under `placement`, add nodes, or raise placement.wait_seconds={seconds:g} where they are still coming"
+            less = "ask for less under `placement`" if section else "ask for fewer workers, CPUs or GPUs"
+            remedy = f"{less}, add nodes, or raise {section}wait_seconds={seconds:g} where they are still coming"
             raise PlacementError("\n".join([f"the cluster cannot hold this job: {shortage}; {remedy}", *_table(roles, memory)]))
         if time.monotonic() - say >= SAY_EVERY_SECONDS:
-            logger.warning("waiting for room: %s; %.0f s left of placement.wait_seconds=%g", shortage, left, seconds)
+            logger.warning("waiting for room: %s; %.0f s left of %swait_seconds=%g", shortage, left, section, seconds)
             say = time.monotonic()
         time.sleep(min(0.5, left))
 

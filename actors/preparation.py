@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 MAY_DIFFER_ON_RESUME = ("run", "output_dir", "export_to", "steps", "logging", "checkpoint", "evaluation", "placement", "generator")
 """Fields, or sections, of the configuration that a resumed run may change; any other difference would be another run."""
+LEARNER_RANKS = ("placement.policy.ranks", "placement.critic.ranks")
+"""What of these may not: a checkpoint has a file for every rank."""
 REWARD_FIELDS_THAT_MAY_DIFFER = ("url", "token_env", "timeout_s", "retries", "backoff_s", "concurrency", "max_response_bytes", "max_errors", "max_outages")
 """The same for a reward source: where it is and how patiently it is asked, not what it says."""
 
@@ -133,7 +135,7 @@ def refuse_differences(before: Mapping[str, Any], now: Mapping[str, Any], start:
     """Raise ValueError, naming every field, when a resumed run would not be the run that was saved."""
     old, new = _flat(before), _flat(now)
     different = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-    changed = [name for name in different if name.split(".")[0] not in may_differ and not _is_of_a_reward_call(name)]
+    changed = [name for name in different if name in LEARNER_RANKS or (name.split(".")[0] not in may_differ and not _is_of_a_reward_call(name))]
     if changed:
         listed = ", ".join(f"{name}: {old.get(name)} -> {new.get(name)}" for name in changed)
         raise ValueError(f"cannot resume from {start}, the configuration has changed ({listed}); undo that, or choose another run=")

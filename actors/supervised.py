@@ -86,7 +86,9 @@ def fit(ready: Ready) -> Path:
     own = connect(None, cpus)
     preflight(
         {stage.name: RolePlacement(ranks=config.num_workers, cpus=config.cpus_per_worker, gpus=config.gpus_per_worker)},
+        wait_seconds=config.wait_seconds,
         own=own,
+        section="",
     )
     tokenizer = load_tokenizer(ready.tokenizer)
     stored = {name: prepare_windows(stage, config, files, tokenizer, ready.directory / "windows") for name, files in ready.sources.items()}

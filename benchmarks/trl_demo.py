@@ -1,9 +1,9 @@
 """TRL's PPO trainer on a run of the demo: the same start, prompts, verifier, temperature and number of samples.
 
-    .venv/bin/python -m benchmarks.trl_demo outputs/demo --steps 450          after `make demo`; needs `requirements/install.py --bench`
+    .venv/bin/python -m benchmarks.trl_demo outputs/demo --steps 450    after `make demo`; needs `requirements/install.py --bench`
 
-Writes <run>-trl/ppo/metrics.jsonl with the held-out accuracy under the names of our own, so that `--curves` draws both. Learning
-rate, batch, clip and KL coefficient are the demo's, which suited this trainer best too; it has one optimizer for policy and critic.
+Writes <run>-trl/ppo/metrics.jsonl with the held-out accuracy under the names of our own, so that `--curves` draws both. Batch,
+clip and KL coefficient are the demo's; it has one optimizer for policy and critic, for which of 1e-4 and the demo's 3e-4 the former is the better.
 With --may-pad the policy may say the padding token, as TRL leaves it to, and collapses.
 """
 
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=450)
     parser.add_argument("--every", type=int, default=45, help="steps between evaluations")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--may-pad", action="store_true", help="the policy may say the padding token")
     arguments = parser.parse_args()
     start, output = str(arguments.run / "sft" / "model"), arguments.run.with_name(f"{arguments.run.name}-trl") / "ppo"

@@ -28,8 +28,8 @@ def run(config: EvaluateConfig) -> None:
 
     from actors.evaluation import at_temperature_one, judge
     from actors.generator import Generator
-    from actors.placement import Cluster, roles_of_evaluation
-    from actors.rewards import Rewards
+    from actors.placement import Cluster, PlacementError, roles_of_evaluation
+    from actors.rewards import RewardError, Rewards
     from minigpt_ray.checkpoint import write_json_atomic
     from minigpt_ray.cli import write_resolved
     from minigpt_ray.evaluation import Judged, figures, pass_figures, results_table, win_rate
@@ -39,7 +39,7 @@ def run(config: EvaluateConfig) -> None:
     judged: dict[str, Judged] = {}
     console = Console()
     placement = config.placement
-    with Cluster(placement, roles_of_evaluation(placement, config.rewards)) as cluster:
+    with one_sentence((PlacementError, RewardError)), Cluster(placement, roles_of_evaluation(placement, config.rewards)) as cluster:
         rewards = Rewards(cluster, config.rewards, config.run_dir, next(iter(paths.values())))
         for name, path in paths.items():
             prompts = held_out[name]

@@ -1,7 +1,7 @@
 """PPO: reinforcement learning from rewards, driven from this page.
 
     python -m jobs.ppo configs/debug/ppo.yaml                                            one machine, no GPU needed
-    ray job submit --working-dir . -- python -m jobs.ppo configs/ppo.yaml                a cluster
+    ray job submit --working-dir . --runtime-env deploy/runtime_env.yaml -- python -m jobs.ppo configs/ppo.yaml        a cluster
 
 The generator (vLLM), the policy and critic learners (DeepSpeed), the frozen reference and the reward sources are Ray
 actors; this driver starts work, gathers results and logs. Rollouts, Scores and Experience are defined in

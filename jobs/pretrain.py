@@ -1,7 +1,7 @@
 """Pretraining on Ray Train: documents in, a Hugging Face model directory out.
 
     python -m jobs.pretrain configs/debug/pretrain.yaml run=first                  one machine, no GPU needed, under a minute
-    ray job submit --working-dir . -- python -m jobs.pretrain configs/pretrain.yaml    a cluster
+    ray job submit --working-dir . --runtime-env deploy/runtime_env.yaml -- python -m jobs.pretrain configs/pretrain.yaml output_dir=/shared/runs
 
 Writes <output_dir>/<run>/pretrain: config.yaml, metrics.jsonl, windows/ (the packed data, reused while nothing it was made
 from changes), checkpoint/ and model/, which `init_from: pretrain` and `AutoModelForCausalLM.from_pretrained` load.

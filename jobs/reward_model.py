@@ -1,7 +1,7 @@
 """Training of a reward model on Ray Train (Bradley-Terry): preference pairs in, a scalar head out.
 
     python -m jobs.reward_model configs/debug/reward_model.yaml run=first          one machine, no GPU needed, under a minute
-    ray job submit --working-dir . -- python -m jobs.reward_model configs/reward_model.yaml    a cluster
+    ray job submit --working-dir . --runtime-env deploy/runtime_env.yaml -- python -m jobs.reward_model configs/reward_model.yaml output_dir=/shared/runs
 
 Writes <output_dir>/<run>/reward_model: config.yaml, metrics.jsonl, windows/ (the packed pairs), checkpoint/ and model/, which
 PPO reads as `rewards.rm={kind: model, init_from: reward_model}`. Its validation.json holds mean and spread of the rewards on

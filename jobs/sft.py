@@ -1,7 +1,7 @@
 """Supervised fine-tuning on Ray Train: demonstrations in, a Hugging Face model directory out.
 
     python -m jobs.sft configs/debug/sft.yaml run=first                          one machine, no GPU needed, under a minute
-    ray job submit --working-dir . -- python -m jobs.sft configs/sft.yaml        a cluster
+    ray job submit --working-dir . --runtime-env deploy/runtime_env.yaml -- python -m jobs.sft configs/sft.yaml output_dir=/shared/runs
 
 Writes <output_dir>/<run>/sft: config.yaml, metrics.jsonl, windows/ (the packed data, reused while nothing it was made
 from changes), checkpoint/ and model/, which `init_from: sft` and `AutoModelForCausalLM.from_pretrained` load.

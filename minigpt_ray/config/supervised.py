@@ -63,6 +63,8 @@ class SupervisedConfig(TrainingConfig):
     """CPUs, and compute threads, of one worker."""
     gpus_per_worker: NonNegativeInt = 0
     """GPUs of one worker."""
+    wait_seconds: NonNegativeFloat = 10
+    """How long the job waits for room, saying what is missing, before it is refused; where an autoscaler brings nodes, as long as these take."""
     hang_after_s: PositiveFloat = 3600
     """After so many seconds without a step the workers count as hung: their stacks are printed, and they are ended and replaced like workers that died."""
     validation_share: float = Field(default=0.02, ge=0, lt=1)

@@ -89,9 +89,11 @@ def test_the_loss_of_ray_is_a_death_and_an_exception_of_a_rank_is_not() -> None:
     lost = "import ray; raise ray.exceptions.RaySystemError('the raylet is gone')"
     code, out, err = finish(f"if driver_restarts(): return\n    {lost}")
     assert code == 0 and len(drivers(out)) == 2
-    assert any("RaySystemError" in line for line in err) and any("lost Ray (code 1); restart 1 of 2" in line for line in err)
+    assert any("RaySystemError" in line for line in err) and any("lost Ray, or a role (code 1); restart 1 of 2" in line for line in err)
     code, out, err = finish("if driver_restarts() == 0: os._exit(1)")  # as Ray's library does
     assert code == 0 and len(drivers(out)) == 2 and "lost Ray" in err[0]
+    code, out, err = finish("if driver_restarts(): return\n    from actors.group import RoleLost; raise RoleLost('policy')")
+    assert code == 0 and len(drivers(out)) == 2 and any("a process of policy died" in line for line in err)
     rank = "import ray; raise ray.exceptions.RayTaskError('update', 'its traceback', ValueError('nan')).as_instanceof_cause()"
     code, out, _ = finish(rank)
     assert code == 1 and len(drivers(out)) == 1
@@ -117,7 +119,7 @@ def test_a_local_ray_that_is_killed_is_noticed_in_seconds_and_it_listens_to_this
     code, out, err = finish(RAY_IS_KILLED, timeout=200)
     assert code == 0 and len(drivers(out)) == 3, err
     assert [line for line in out if line.startswith("listening")] == ["listening 127.0.0.1"] * 2
-    assert sum("lost Ray (code 1)" in line for line in err) == 2
+    assert sum("lost Ray, or a role (code 1)" in line for line in err) == 2
 
 
 def test_sigterm_is_passed_on_and_nothing_is_started_after_it() -> None:

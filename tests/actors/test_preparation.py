@@ -144,6 +144,8 @@ def test_a_resumed_run_that_would_be_another_is_refused_with_every_field(config:
         f"cannot resume from {start}, the configuration has changed (policy.optimizer.lr: 1e-06 -> 0.001, seed: 0 -> 7); undo that, or choose another run="
     )
     assert start.is_dir()
+    with pytest.raises(ValueError, match=r"changed \(placement\.critic\.ranks: 1 -> 2\)"):  # a checkpoint has a file for every rank
+        Preparation(config("checkpoint.resume=auto", "placement.critic.ranks=2"))
 
 
 def test_fields_that_came_or_went_are_differences(config: Callable[..., PPOConfig]) -> None:

@@ -100,7 +100,7 @@ def _server(how: str) -> Callable[[Job, Random], bool]:
 REPEATED = "a process of {} died; the role is started again and the call repeated"
 REWOUND = "a process of {} died; the learners start again and go on after step"
 ENDED = r"{} \(process \d+ on [\d.]+, stopped\) has been in .* for \d+ s and counts as dead"
-NEXT_DRIVER = r"the driver \(process \d+\) (was killed by SIG\w+|lost Ray \(code \d+\)); restart \d+ of 99, from the newest checkpoint"
+NEXT_DRIVER = r"the driver \(process \d+\) (was killed by SIG\w+|lost Ray, or a role \(code \d+\)); restart \d+ of 99, from the newest checkpoint"
 GOES_ON = r"PPO goes on after step \d+"
 
 FAULTS = {

@@ -1,4 +1,4 @@
-"""One fault of every role in a running job; `make chaos` injects many more, and writes docs/reliability.md's table."""
+"""One fault of every role in a running job; `make chaos` injects many more, and prints a table of them."""
 
 import re
 from pathlib import Path
