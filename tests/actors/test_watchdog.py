@@ -18,8 +18,8 @@ from actors.watchdog import keep_stacks_at_hand
 keep_stacks_at_hand()
 child = subprocess.Popen(["sleep", "100"])
 def waits_for_ever():
+    print(child.pid, flush=True)
     threading.Event().wait({seconds})
-print(child.pid, flush=True)
 waits_for_ever()
 """
 
@@ -31,10 +31,11 @@ def test_its_state_and_stack_are_found_and_its_family_is_killed(stopped: bool) -
         child = psutil.Process(int(process.stdout.readline()))
         if stopped:
             process.send_signal(signal.SIGSTOP)
-            while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
-                pass
+        expected = psutil.STATUS_STOPPED if stopped else psutil.STATUS_SLEEPING
+        while psutil.Process(process.pid).status() != expected:
+            pass
         state, stacks = examine_and_kill(process.pid)
-        assert state == (psutil.STATUS_STOPPED if stopped else psutil.STATUS_SLEEPING)
+        assert state == expected
         assert "in waits_for_ever" in stacks and "most recent call first" in stacks
         assert process.wait(timeout=10) == -signal.SIGKILL
     psutil.wait_procs([child], timeout=10)
