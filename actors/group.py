@@ -267,8 +267,7 @@ class Group(Generic[R]):
         return Pending(result)
 
     def _revive(self, death: Exception) -> None:
-        shares_a_learner = self.cluster.config.home(self.role) in ("policy", "critic")  # whose state is lost with it
-        if self._restarts_left == 0 or shares_a_learner:
+        if self._restarts_left == 0 or self.cluster.with_a_learner(self.role):
             raise RoleLost(self.role) from death
         self._restarts_left -= 1
         logger.warning("a process of %s died; the role is started again and the call repeated", self.role)

@@ -148,9 +148,17 @@ class Cluster:
         remove_placement_group(place.group)
         self._groups.discard(place.group)
 
+    def home(self, role: str) -> str:
+        """The role whose processes `role` lives in."""
+        return role if role in self.roles else self.config.home(role)
+
+    def with_a_learner(self, role: str) -> bool:
+        """Whether a role lives in a learner's processes, or is one: their death takes the learner's state with it."""
+        return self.home(role) in (self.home("policy"), self.home("critic"))
+
     def hosts(self, role: str, form_group: bool) -> list[Any]:
         """The processes of a role, started now unless a role that shares them has; with `form_group` they join one process group."""
-        name = role if role in self.roles else self.config.home(role)
+        name = self.home(role)
         if name not in self._started or role in self._started[name].tenants:  # a role that comes again has ended its processes
             self._started[name] = Started([self.host(name, index, place) for index, place in enumerate(self._places[name])])
         started = self._started[name]

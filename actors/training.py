@@ -154,16 +154,15 @@ class Training:
 
     def _rewind(self, lost: RoleLost) -> None:
         """Start both learners, and whoever shares their processes, again from the newest checkpoint."""
-        placement = self.config.placement
-        learners = {placement.home("policy"), placement.home("critic")}
-        if placement.home(lost.role) not in learners or self._rewinds_left == 0:
+        with_a_learner = self.policy.cluster.with_a_learner
+        if not with_a_learner(lost.role) or self._rewinds_left == 0:
             raise OutOfRestarts(lost.role, f"restart_limit={self.config.restart_limit}") from lost
         self._rewinds_left -= 1
         self._changing = True
         checkpoint = self.ready.checkpoints.latest()
         step = 0 if checkpoint is None else self.ready.checkpoints.step_of(checkpoint)
         self.tracker.message(f"{lost}; the learners start again and go on after step {step}")
-        groups = [role for role in self.roles if placement.home(role.role) in learners]
+        groups = [role for role in self.roles if with_a_learner(role.role)]
         for group in groups:
             group.close()
         for group in groups:
