@@ -12,7 +12,7 @@ from actors.dispatch import Dispatch
 from actors.generator_worker import Answer, GeneratorWorker, Order, Received, Request, sampling_seed
 from actors.group import RoleLost, Timed, by_reference, get_all, has_died
 from actors.placement import Cluster
-from actors.pool import Pool, Worker
+from actors.pool import POLL_SECONDS, Pool, Worker
 from actors.weights import TRANSPORTS, Publication
 from minigpt_ray.config import GeneratorConfig, SamplingConfig
 from minigpt_ray.rl.experience import Prompt, Rollout
@@ -21,8 +21,6 @@ from minigpt_ray.timeline import Mark
 
 CALLS_AHEAD = 2
 """Calls that a worker has at a time, so that it need not wait for the driver between two of them."""
-POLL_SECONDS = 0.5
-"""Longest time without a look at who joins, leaves or falls behind."""
 
 
 @dataclass
@@ -133,7 +131,7 @@ class Generator(Pool[GeneratorWorker]):
         under_way = set(self._loading.values())
         for worker in self.workers:
             if worker.version != self.version and worker not in under_way:
-                worker.heard_of = time.monotonic()
+                worker.since = time.monotonic()
                 self._loading[self._load(worker)] = worker
         for call in ray.wait(list(self._loading), num_returns=len(self._loading), timeout=0)[0] if self._loading else []:
             worker = self._loading.pop(call)
@@ -159,15 +157,21 @@ class Generator(Pool[GeneratorWorker]):
             self.marks.append(Mark(f"{self.role} worker {worker.number} joined", time.time()))
             self._say(f"a {self.role} worker has joined, with weights version {self.version}; {len(self.workers)} of {self.size} are there")
 
-    def end_hung(self, working: Collection[Worker]) -> None:
-        """End workers that work, or load weights, and were not heard of for placement.hang_after_s; their calls fail as those of the dead."""
-        late = time.monotonic() - self.cluster.config.hang_after_s
-        for method, called in ((GeneratorWorker.work, working), (GeneratorWorker.receive, self._loading.values())):
-            hung = [index for index, worker in enumerate(self.workers) if worker in called and worker.heard_of < late]
-            for index in hung:
-                self.workers[index].heard_of = time.monotonic()
-            if hung:
-                self._limit(method).exceeded(hung)
+    def end_hung(self, working: Collection[Worker], seconds: float) -> None:
+        """Some had work for so many seconds more. End workers that answered no prompt, or loaded weights, for placement.hang_after_s.
+
+        Their calls fail as those of the dead. A call that ended is no answer: an engine may take steps that lead nowhere.
+        """
+        for worker in working:
+            worker.silent += seconds
+        longest, now = self.cluster.config.hang_after_s, time.monotonic()
+        hung = [index for index, worker in enumerate(self.workers) if worker.silent > longest]
+        late = [index for index, worker in enumerate(self.workers) if worker in self._loading.values() and now - worker.since > longest]
+        for index in hung + late:
+            self.workers[index].silent, self.workers[index].since = 0.0, now
+        for method, indices in ((GeneratorWorker.work, hung), (GeneratorWorker.receive, late)):
+            if indices:
+                self._limit(method).exceeded(indices)
 
     def use_checkpoint(self, version: int = 0) -> None:
         """Generate with the checkpoint that the workers were built from."""
@@ -266,9 +270,9 @@ class Generation:
                 done, _ = ray.wait(refs, num_returns=1, timeout=POLL_SECONDS)
                 for call in [call for call in done if call in self.calls]:
                     yield from self._take(call)
-                generator.end_hung(set(self.calls.values()))
                 before, now = now, time.monotonic()
                 generator.meter.passed(now - before, len(generator.able), self.dispatch.queue_depth)
+                generator.end_hung(set(self.calls.values()), now - before)
         finally:
             self._end()
 
@@ -288,15 +292,12 @@ class Generation:
     def _call(self, worker: Worker) -> None:
         told = self.dispatch.orders(worker.number)
         orders, dropped = [self.orders[position] for position in told.new], [self.orders[position].number for position in told.dropped]
-        if worker not in self.calls.values():
-            worker.heard_of = time.monotonic()
         call = worker.host.call.remote(self.generator.role, GeneratorWorker.work, (orders, dropped, self.sampling, self.generator.version))
         self.calls[call] = worker
 
     def _take(self, call: Any) -> Iterator[tuple[int, list[Answer]]]:
         """The answers that a call has brought and nobody has given before."""
         worker = self.calls.pop(call)
-        worker.heard_of = time.monotonic()
         try:
             timed: Timed = ray.get(call)
         except ray.exceptions.RayActorError as death:
@@ -308,6 +309,8 @@ class Generation:
         worker.memory_bytes = timed.memory_bytes
         self.generator.usage.span("generate", {worker.number: timed})
         self.generator.meter.busy += timed.seconds
+        if timed.value:
+            worker.silent = 0.0
         for number, answers in timed.value:
             position = number - self.orders[0].number
             if self.dispatch.finish(worker.number, position, time.monotonic()):

@@ -4,8 +4,10 @@ A sampling seed is a function of (run seed, prompt serial number, sample), so th
 whoever generates them, and a prompt that is handed out again changes nothing.
 """
 
+import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -13,10 +15,12 @@ import numpy as np
 from torch import Tensor
 
 from actors.group import Rank
-from actors.weights import TRANSPORTS, Publication, probe_gap
+from actors.stacks import end_family
+from actors.weights import TRANSPORTS, Publication, WeightsError, probe_gap
 from minigpt_ray.config import GeneratorConfig, SamplingConfig
 from minigpt_ray.tokenizer import load_tokenizer
 
+logger = logging.getLogger(__name__)
 WORK_SECONDS = 0.5
 """Longest call of a worker: so soon it hears of new orders."""
 RETURN_SECONDS = 0.1
@@ -135,6 +139,21 @@ class _Open:
         return [(self.order.number, sample) for sample in range(len(self.order.requests))]
 
 
+@contextmanager
+def dying_with_the_engine() -> Iterator[None]:
+    """Nobody knows what an engine that failed computes next: its process ends with all that it has started, and counts as one that died.
+
+    A WeightsError is raised: another engine would be given the same bytes.
+    """
+    try:
+        yield
+    except WeightsError:
+        raise
+    except Exception:
+        logger.exception("the engine of this generator worker failed, so its process ends")
+        end_family()
+
+
 class GeneratorWorker:
     """One engine. It generates only with weights whose version it has proved."""
 
@@ -150,12 +169,13 @@ class GeneratorWorker:
         """Load a publication and prove it, awake again if it slept; raises WeightsError when the bytes or the probe do not agree."""
         start = time.perf_counter()
         self.version = -1
-        self.drop(list(self._open))
-        if self.asleep:
-            self.engine.wake()
-            self.asleep = False
-        TRANSPORTS[publication.transport].receive(publication, self.engine)
-        gap = probe_gap(publication, self.engine.probe(publication.probe.token_ids), self.probe_tolerance)
+        with dying_with_the_engine():
+            self.drop(list(self._open))
+            if self.asleep:
+                self.engine.wake()
+                self.asleep = False
+            TRANSPORTS[publication.transport].receive(publication, self.engine)
+            gap = probe_gap(publication, self.engine.probe(publication.probe.token_ids), self.probe_tolerance)
         self.version = publication.version
         return Received(self.version, gap, time.perf_counter() - start)
 
@@ -166,12 +186,13 @@ class GeneratorWorker:
         """
         if version != self.version:
             raise RuntimeError(f"this worker has proved weights version {self.version} and was asked to generate with {version}")
-        self.drop(dropped)
-        for order in orders:
-            self._open[order.number] = taken = _Open(order)
-            for key, request in zip(taken.keys, order.requests, strict=True):
-                self.engine.submit(key, request, sampling)
-        return self._compute()
+        with dying_with_the_engine():
+            self.drop(dropped)
+            for order in orders:
+                self._open[order.number] = taken = _Open(order)
+                for key, request in zip(taken.keys, order.requests, strict=True):
+                    self.engine.submit(key, request, sampling)
+            return self._compute()
 
     def _compute(self) -> list[tuple[int, list[Answer]]]:
         complete: list[tuple[int, list[Answer]]] = []

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar,
 import psutil
 import ray
 
-from actors.watchdog import START_SECONDS, Limit, keep_stacks_at_hand, outlast
+from actors.stacks import keep_stacks_at_hand
+from actors.watchdog import START_SECONDS, Limit, is_dead, outlast, place_of
 from minigpt_ray.timeline import Mark, Span
 
 if TYPE_CHECKING:
@@ -77,18 +78,6 @@ class RankHost:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def whereabouts(self) -> dict[str, Any]:
-        """Where this process is."""
-        return {"rank": self.rank.index, "host": ray.util.get_node_ip_address(), "pid": os.getpid(), "device": self.device_name()}
-
-    def device_name(self) -> str:
-        """`cpu`, or the name of this process's GPU."""
-        if self.rank.device == "cpu":
-            return "cpu"
-        import torch
-
-        return torch.cuda.get_device_name()
-
     def join(self, address: str, port: int, hang_after_s: float) -> None:
         """Form the process group of all hosts of this set."""
         import torch
@@ -110,6 +99,20 @@ class RankHost:
         began, start = time.time(), time.perf_counter()
         value = method(self.roles[role], *values)
         return Timed(value, began, time.perf_counter() - start, psutil.Process().memory_info().rss)
+
+
+def whereabouts(_: Any) -> dict[str, Any]:
+    """Where the process of a rank object is."""
+    return {"host": ray.util.get_node_ip_address(), "pid": os.getpid(), "device": device_name(_)}
+
+
+def device_name(_: Any) -> str:
+    """`cpu`, or the name of the GPU of a rank object's process."""
+    if not ray.get_runtime_context().get_accelerator_ids()["GPU"]:
+        return "cpu"
+    import torch
+
+    return torch.cuda.get_device_name()
 
 
 @dataclass(frozen=True)
@@ -189,8 +192,9 @@ def covered_seconds(spans: Iterable[Span]) -> float:
 class RoleLost(RuntimeError):
     """A process of a role died, and the role cannot be brought back without its state."""
 
-    def __init__(self, role: str) -> None:
-        super().__init__(f"a process of {role} died")
+    def __init__(self, role: str, dead: str = "") -> None:
+        """`dead`: which of its processes, and where it was, as far as this is known."""
+        super().__init__(f"{dead or f'a process of {role}'} died")
         self.role = role
 
 
@@ -213,8 +217,6 @@ class Group(Generic[R]):
         self.cluster, self.role, self._form_group = cluster, role, form_group
         self._build, self._args = build, args
         self._restarts_left, self.restarts = restarts, 0
-        self.patience = 0.0
-        """Seconds that a call may take even where placement.hang_after_s is less."""
         self.usage = Usage()
         self.marks: list[Mark] = []
         """What happened to its processes, until somebody takes it."""
@@ -230,7 +232,7 @@ class Group(Generic[R]):
 
     def _limit(self, method: Callable[..., Any], at_least: float = 0.0) -> Limit:
         """Of calls to all processes of this role, in their order: those that exceed it are ended. Calls to others may follow, which are let be."""
-        seconds = max(self.cluster.config.hang_after_s, self.patience, at_least)
+        seconds = max(self.cluster.patience(self.role), at_least)
 
         def exceeded(indices: Sequence[int]) -> None:
             mine = [index for index in indices if index < len(self.hosts)]
@@ -267,11 +269,21 @@ class Group(Generic[R]):
         return Pending(result)
 
     def _revive(self, death: Exception) -> None:
+        lost = RoleLost(self.role, self._dead())
         if self._restarts_left == 0 or self.cluster.with_a_learner(self.role):
-            raise RoleLost(self.role) from death
+            raise lost from death
         self._restarts_left -= 1
-        logger.warning("a process of %s died; the role is started again and the call repeated", self.role)
+        logger.warning("%s; the role is started again and the call repeated", lost)
         self.restart()
+
+    def _dead(self) -> str:
+        """Which processes have died, and where; empty when Ray does not report any soon."""
+        end = time.monotonic() + GRACE_SECONDS
+        dead: list[str] = []
+        while not dead and time.monotonic() < end:
+            dead = [f"{self.name_of(index)} ({place_of(host)})" for index, host in enumerate(self.hosts) if is_dead(host)]
+            time.sleep(0 if dead else 0.1)
+        return ", ".join(dead)
 
     def restart(self) -> None:
         """End the processes, start new ones and wait until they are ready."""
@@ -304,11 +316,11 @@ class Group(Generic[R]):
         return self.restarts
 
     def device_name(self) -> str:
-        return str(ray.get(self.hosts[0].device_name.remote()))
+        return self.first(device_name).result()
 
     def whereabouts(self) -> list[dict[str, Any]]:
         """Where each rank's process is."""
-        return ray.get([host.whereabouts.remote() for host in self.hosts])
+        return [{"rank": index, **place} for index, place in enumerate(self.call(whereabouts).result())]
 
     def close(self) -> None:
         """End the processes, so that their place is free."""
@@ -329,7 +341,7 @@ class Group(Generic[R]):
         }
 
 
-def get_all(refs: Sequence[Any], limit: Limit | None = None) -> list[Timed]:
+def get_all(refs: Sequence[Any], limit: Limit | None = None) -> list[Any]:
     """Results in order. Raises as soon as one call fails: RayActorError when a process died, even if another rank was the first to notice.
 
     limit: of the seconds from now; calls that exceed it end as if their processes had died, since then they have.

@@ -3,7 +3,8 @@
     keep_running(train, load_config(PPOConfig))
 
 A driver dies when a signal kills it (the kernel's when memory runs out) or when Ray is lost below it (a raylet, the
-GCS, without which Ray ends the process itself). The next one goes on from the newest checkpoint. What a driver ends with
+GCS, without which Ray ends the process itself). One that stands still, of which nothing is heard for hang_after_s, is
+killed, and where it stood is said. The next one goes on from the newest checkpoint. What a driver ends with
 by itself, a refusal or an exception of the code, would come again, so it is passed on; and so is SIGTERM, after which
 nothing is started any more.
 
@@ -11,8 +12,10 @@ The driver is a fork, made before anything heavy is imported: the parent holds t
 """
 
 import os
+import select
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,6 +24,7 @@ from functools import partial
 from typing import TypeVar, cast
 
 from actors.lineage import die_with_parent
+from actors.stacks import examine_and_kill, keep_stacks_at_hand
 from minigpt_ray.config import PPOConfig, SupervisedConfig
 
 C = TypeVar("C", bound=PPOConfig | SupervisedConfig)
@@ -29,6 +33,8 @@ RESTARTS = "MINIGPT_RAY_DRIVER_RESTARTS"
 """Environment variable that tells a driver how many were before it."""
 LONGEST_PAUSE_SECONDS = 30.0
 """Between two drivers: 1 s before the first restart, twice as long before each further one, so that a machine can come back."""
+BEAT_SECONDS = 1.0
+"""Between two signs of life of a driver. A thread of its own gives them, so one that only waits is let be: whatever it waits for has a limit."""
 ASKED = (signal.SIGTERM, signal.SIGINT)
 """Signals by which somebody asks a job to end."""
 
@@ -40,11 +46,12 @@ def keep_running(train: Callable[[C], None], config: C) -> None:
     """
     parent = _Parent()
     limit = config.checkpoint.driver_restarts
+    patience = config.placement.hang_after_s if isinstance(config, PPOConfig) else config.hang_after_s
     again = cast(C, config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"resume": "auto"})}))
     with parent.passing_on():
         for restarts in range(limit + 1):
             pid = parent.start(partial(_drive, train, config if restarts == 0 else again, restarts))
-            code = parent.wait()
+            code = parent.wait(patience)
             if parent.said_farewell() or parent.asked or -code in ASKED:
                 break
             died = f"the driver (process {pid}) {f'was killed by {signal.Signals(-code).name}' if code < 0 else f'lost Ray, or a role (code {code})'}"
@@ -80,6 +87,13 @@ def _drive(train: Callable[[C], None], config: C, restarts: int) -> bool:
     return True
 
 
+def _live(pulse: int) -> None:
+    """Give signs of life, for ever."""
+    while True:
+        os.write(pulse, b".")
+        time.sleep(BEAT_SECONDS)
+
+
 class _Parent:
     """Who waits for the driver, and what it was asked meanwhile."""
 
@@ -94,6 +108,7 @@ class _Parent:
         process with 1, as an exception does.
         """
         self._farewell, farewell = os.pipe()
+        self._pulse, pulse = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
@@ -104,9 +119,12 @@ class _Parent:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.close(self._farewell)
+            os.close(self._pulse)
             if os.getppid() != parent:  # it died before the child could say that it wants to follow
                 os._exit(128 + signal.SIGKILL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKED)
+            keep_stacks_at_hand()
+            threading.Thread(target=_live, args=(pulse,), daemon=True).start()
             try:
                 if not drive():
                     sys.stdout.flush()
@@ -118,16 +136,29 @@ class _Parent:
             os.write(farewell, b".")
             raise SystemExit(0)
         os.close(farewell)
+        os.close(pulse)
         self._driver = pid
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKED)
         return pid
 
-    def wait(self) -> int:
-        """Exit code of the driver, -n when signal n ended it."""
+    def wait(self, patience: float) -> int:
+        """Exit code of the driver, -n when signal n ended it. When it gives no sign of life for `patience` seconds, it is killed."""
         assert self._driver is not None
-        status = os.waitpid(self._driver, 0)[1]
+        silent, seen = 0.0, time.monotonic()
+        while not (ended := os.waitpid(self._driver, os.WNOHANG))[0]:
+            heard = select.select([self._pulse], [], [], BEAT_SECONDS)[0] and os.read(self._pulse, 1024)
+            before, seen = seen, time.monotonic()
+            silent = 0.0 if heard else silent + min(seen - before, 2 * BEAT_SECONDS)  # no longer: this process may have been stopped too
+            if heard == b"":  # it is about to end: nobody holds the other end any more
+                time.sleep(0.01)
+            if silent > patience:
+                state, stacks = examine_and_kill(self._driver)
+                what = f"the driver (process {self._driver}, {state}) gave no sign of life for {patience:.0f} s and counts as dead; it was"
+                print(f"{what}\n{stacks}", file=sys.stderr, flush=True)
+                silent = 0.0
+        os.close(self._pulse)
         self._driver = None
-        return os.waitstatus_to_exitcode(status)
+        return os.waitstatus_to_exitcode(ended[1])
 
     def said_farewell(self) -> bool:
         """Whether the driver ended by itself."""

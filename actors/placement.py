@@ -14,9 +14,9 @@ from ray._private import state as ray_state
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.group import RankHost
+from actors.group import RankHost, get_all
 from actors.preflight import PlacementError, bundle, preflight
-from actors.watchdog import end_hung
+from actors.watchdog import START_SECONDS, Limit, end_hung
 from minigpt_ray.config import AnyPlacement, AnyReward, GeneratorPlacement, ModelReward, PlacementConfig, RolePlacement
 from minigpt_ray.flops import cpu_peak_flops, gpu_peak_flops
 
@@ -98,6 +98,7 @@ class Cluster:
         """memory: estimated GiB of one rank, on its GPU or in its host, of those roles of which it is known."""
         self.config, self.roles = config, roles
         self._started: dict[str, Started] = {}
+        self._patience: dict[str, float] = {}
         self._groups: set[PlacementGroup] = set()
         rooms = [(r.room if isinstance(r, GeneratorPlacement) else r.ranks) * r.cpus for r in roles.values()]
         own = connect(config.address, cpus=sum(rooms))
@@ -116,7 +117,8 @@ class Cluster:
     def _group(self, name: str, size: int) -> PlacementGroup:
         role = self.roles[name]
         needs, labels = [bundle(role)] * size, [role.labels] * size
-        group = placement_group(needs, strategy=self.config.strategy.upper(), bundle_label_selector=labels)
+        strategy = (isinstance(role, RolePlacement) and role.strategy) or self.config.strategy
+        group = placement_group(needs, strategy=strategy.upper(), bundle_label_selector=labels)
         self._groups.add(group)
         return group
 
@@ -152,6 +154,14 @@ class Cluster:
         """The role whose processes `role` lives in."""
         return role if role in self.roles else self.config.home(role)
 
+    def patience(self, role: str) -> float:
+        """Seconds that a call to a role may take: placement.hang_after_s, or what it was granted, or a role whose calls come before it in the same processes."""
+        return max(self.config.hang_after_s, self._patience.get(self.home(role), 0.0))
+
+    def grant(self, role: str, seconds: float) -> None:
+        """Calls to a role may take so long, even where placement.hang_after_s is less."""
+        self._patience[self.home(role)] = max(seconds, self._patience.get(self.home(role), 0.0))
+
     def with_a_learner(self, role: str) -> bool:
         """Whether a role lives in a learner's processes, or is one: their death takes the learner's state with it."""
         return self.home(role) in (self.home("policy"), self.home("critic"))
@@ -164,7 +174,9 @@ class Cluster:
         started = self._started[name]
         started.tenants.add(role)
         if form_group and not started.joined:
-            address, port = ray.get(started.hosts[0].address.remote())
+            first = {f"{name} rank 0 of {len(started.hosts)}": started.hosts[0]}
+            limit = Limit(START_SECONDS, lambda _: self.end_hung(first, "its start", START_SECONDS))
+            ((address, port),) = get_all([started.hosts[0].address.remote()], limit)
             for host in started.hosts:
                 host.join.remote(address, port, self.config.hang_after_s)
             started.joined = True

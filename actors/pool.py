@@ -7,20 +7,23 @@ first answers what it has begun.
 import logging
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 
 from actors.attempts import first_line
-from actors.group import Group, OutOfRestarts, R, has_died
+from actors.group import Group, OutOfRestarts, R, RankHost, has_died
 from actors.placement import Cluster, Place
+from actors.watchdog import START_SECONDS, place_of
 from minigpt_ray.config import GeneratorPlacement
 from minigpt_ray.scaling import Requests, refusal
 from minigpt_ray.timeline import Mark
 
 logger = logging.getLogger(__name__)
 
+POLL_SECONDS = 0.5
+"""Longest time without a look at who joins, leaves or falls behind."""
 LOOK_SECONDS = 1.0
 """Between two looks for a request."""
 ROOM_SECONDS = 10.0
@@ -45,8 +48,10 @@ class Worker:
     draining: bool = False
     """Its node has announced its end, and somebody else was started in its stead."""
     memory_bytes: int = 0
-    heard_of: float = 0.0
-    """When a call to it last ended, or the first of those under way began, by the monotonic clock."""
+    since: float = field(default_factory=time.monotonic)
+    """When it was started, or began to load the weights that it loads, by the monotonic clock."""
+    silent: float = 0.0
+    """Seconds that it had work for since it last answered a prompt."""
 
 
 @dataclass(eq=False)
@@ -86,7 +91,7 @@ class Pool(Group[R]):
     def ready(self) -> None:
         """Wait until everybody who was asked for is there."""
         while self._wishes or self._coming:
-            ray.wait(self.on_their_way, num_returns=1)
+            ray.wait(self.on_their_way, num_returns=1, timeout=POLL_SECONDS)
             self.advance()
 
     @property
@@ -131,6 +136,7 @@ class Pool(Group[R]):
             self._wishes.remove(wish)
             self._start(wish.place, wish.newcomer)
         self._miss_room()
+        self._end_late()
         for built in ray.wait(list(self._coming), num_returns=len(self._coming), timeout=0)[0] if self._coming else []:
             self._arrive(self._coming.pop(built), built)
         for worker in [worker for worker in self.workers if worker.leaving and worker.number not in busy]:
@@ -148,7 +154,8 @@ class Pool(Group[R]):
             raise OutOfRestarts(self.role, f"{self.role}.restart_limit") from death
         self._restarts_left -= 1
         self.mark_restart()
-        logger.warning("%s worker %d died; a new one takes its place, and the others its prompts", self.role, worker.number)
+        where = place_of(worker.host)
+        logger.warning("%s worker %d (%s) died; a new one takes its place, and the others its prompts", self.role, worker.number, where)
         self._remove(worker)
         self._start(worker.place, newcomer=False)
 
@@ -203,6 +210,15 @@ class Pool(Group[R]):
                 f"the cluster has no room for {len(late)} of {self.size} {self.role} workers ({needs} each); the job goes on with "
                 f"{self.size - len(late)}, and the others join when nodes are added; on one machine set placement.{self.role}.max_workers before the start"
             )
+
+    def _end_late(self) -> None:
+        """End workers that are being built for too long: their calls fail as those of the dead."""
+        seconds = max(self.cluster.config.hang_after_s, START_SECONDS)
+        late = [worker for worker in self._coming.values() if time.monotonic() - worker.since > seconds]
+        for worker in late:
+            worker.since = time.monotonic()
+        if late:
+            self.cluster.end_hung({f"{self.role} worker {worker.number}": worker.host for worker in late}, RankHost.build.__qualname__, seconds)
 
     def _start(self, place: Place, newcomer: bool) -> None:
         worker = Worker(self._numbers, place, self.cluster.host(self.role, self._numbers, place), newcomer)

@@ -17,12 +17,15 @@ import ray
 from ray._private.state import available_resources_per_node
 from ray.autoscaler.sdk import request_resources
 
+from actors.parent import driver_restarts
 from minigpt_ray.config import AnyPlacement
 from minigpt_ray.memory import GIB
 
 logger = logging.getLogger(__name__)
 
 SAY_EVERY_SECONDS = 10.0
+FREED_SECONDS = 60.0
+"""How long, after a driver died, what it had reserved may take to be free again."""
 OWN_SECONDS = 2.0
 """Within these a cluster that was started for the job says what it has."""
 ACCELERATOR = "ray.io/accelerator-type"
@@ -112,6 +115,8 @@ def preflight(
     """
     if _shortage(roles, memory or {}) is None:
         return
+    if driver_restarts():
+        wait_seconds = max(wait_seconds, FREED_SECONDS)
     needs = [role for role in roles.values() for _ in range(role.ranks)]
     request_resources(bundles=[bundle(role) for role in needs], bundle_label_selectors=[dict(role.labels) for role in needs])
     try:

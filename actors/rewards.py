@@ -45,7 +45,7 @@ class Rewards:
 
         Raises RewardError when a source could not score too many of them.
         """
-        self.functions.patience = max(self.functions.patience, *(longest_score(source, len(rollouts)) for source in self.sources.values()))
+        self.functions.cluster.grant("rewards", max(longest_score(source, len(rollouts)) for source in self.sources.values()))
         called = self.functions.first(RewardFunctions.score, list(rollouts)).then(self._scores)
         models = {name: model.scores(batch) for name, model in self.models.items()}
 

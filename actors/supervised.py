@@ -39,8 +39,9 @@ from actors.placement import connect, environment
 from actors.preflight import preflight
 from actors.prometheus import sinks
 from actors.reference_logprobs import with_reference
+from actors.stacks import keep_stacks_at_hand
 from actors.stage_inputs import Ready, StageError
-from actors.watchdog import START_SECONDS, Whereabouts, collective_timeout, end_hung_processes, keep_stacks_at_hand, outlast
+from actors.watchdog import START_SECONDS, Whereabouts, collective_timeout, end_hung_processes, outlast
 from minigpt_ray.checkpoint import batch_path, save_batch, write_json_atomic
 from minigpt_ray.cli import resolved, write_resolved
 from minigpt_ray.config import RolePlacement, SupervisedConfig

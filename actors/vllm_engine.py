@@ -63,6 +63,7 @@ class VLLMEngine:
             tensor_parallel_size=tensor_parallel,
             distributed_executor_backend="mp" if tensor_parallel > 1 else "uni",  # else vLLM looks for Ray in a placement group
             worker_extension_cls=f"{ModelPart.__module__}.{ModelPart.__qualname__}",
+            load_format="safetensors",  # no pickled file
             generation_config="vllm",  # sampling is ours, not the checkpoint's
             logprobs_mode="processed_logprobs",  # after the temperature, as the learner computes them
             disable_log_stats=True,

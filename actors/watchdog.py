@@ -5,40 +5,25 @@ threads into a file in memory that the process opened at its beginning. One that
 moment. Then it is killed, with all that it has started.
 """
 
-import faulthandler
 import logging
 import os
-import signal
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 from ray._private import state as ray_state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.stacks import examine_and_kill
 
 logger = logging.getLogger(__name__)
 
 START_SECONDS = 1800.0
 """How long the start of a role may take at least: processes, imports, downloads, compilation."""
-STACKS = "minigpt_ray_stacks"
-"""Name of the file in memory."""
-STACK_SECONDS = 3.0
-"""How long a process may take to write its stacks."""
 REPORT_SECONDS = 60.0
 """How long its host may take to say so."""
-LONGEST_REPORT = 80
-"""Lines of stacks."""
-
-
-def keep_stacks_at_hand() -> None:
-    """For a process that may hang, at its beginning."""
-    faulthandler.register(signal.SIGUSR1, file=os.memfd_create(STACKS), all_threads=True)
 
 
 def collective_timeout(hang_after_s: float) -> timedelta:
@@ -76,6 +61,17 @@ class Whereabouts:
         return cls(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), os.getpid())
 
 
+def place_of(host: Any) -> str:
+    """`process 4711 on 10.0.0.5`: where an actor is, or was; empty before it had a process."""
+    actor = ray_state.actors(host._actor_id.hex())
+    return f"process {actor['Pid']} on {actor['Address']['IPAddress']}" if actor["Pid"] else ""
+
+
+def is_dead(host: Any) -> bool:
+    """Whether an actor's process has ended, as far as Ray knows."""
+    return bool(ray_state.actors(host._actor_id.hex())["State"] == "DEAD")
+
+
 def end_hung(hosts: Mapping[str, Any], method: str, seconds: float, runtime_env: Mapping[str, Any]) -> None:
     """Say where each of these actors hangs, and kill their processes; names and runtime_env as in `end_hung_processes`."""
     found = {name: ray_state.actors(host._actor_id.hex()) for name, host in hosts.items()}
@@ -105,32 +101,3 @@ def end_hung_processes(places: Mapping[str, Whereabouts], method: str, seconds: 
             state, stacks = "on a host that does not answer", str(error)
         where = f"process {places[name].pid} on {places[name].address}, {state}"
         logger.warning("%s (%s) has been in %s for %.0f s and counts as dead; it was\n%s", name, where, method, seconds, stacks)
-
-
-def examine_and_kill(pid: int) -> tuple[str, str]:
-    """State and stacks of a process of this host, which ends here with its children."""
-    try:
-        process = psutil.Process(pid)
-        state, stacks = process.status(), _stacks(pid)
-        family = [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return "gone", ""
-    for member in family:
-        with suppress(psutil.NoSuchProcess):
-            member.kill()
-    return state, stacks
-
-
-def _stacks(pid: int) -> str:
-    file = next((fd for fd in Path(f"/proc/{pid}/fd").iterdir() if STACKS in os.readlink(fd)), None)
-    if file is None:
-        return "in code that keeps no stacks at hand"
-    os.kill(pid, signal.SIGUSR1)
-    os.kill(pid, signal.SIGCONT)
-    end = time.monotonic() + STACK_SECONDS
-    text = before = ""
-    while (not text or text != before) and time.monotonic() < end:  # it is complete once it has stopped to grow
-        time.sleep(0.2)
-        before, text = text, file.read_text(errors="replace")
-    lines = text.splitlines()
-    return "\n".join(lines[:LONGEST_REPORT]) or "in a state in which it answers no signal"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import groupby
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import ray
@@ -196,6 +196,10 @@ class Sender:
         """Reference to the result of `method(transport, *args)` there."""
         return self.host.call.remote(self.role, _on_transport, (method, args))
 
+    def ask(self, method: Callable[..., T], *args: Any) -> T:
+        """The result itself, of a method that takes a moment; raises GetTimeoutError, of which the driver starts again, after MEETING_TIMEOUT."""
+        return cast(T, ray.get(self.call(method, *args), timeout=MEETING_TIMEOUT.total_seconds()).value)
+
     @classmethod
     def here(cls) -> "Sender":
         return cls(ray.get_runtime_context().current_actor, "policy")
@@ -290,7 +294,7 @@ class Broadcast:
     @staticmethod
     def dispatch(publication: Publication, hosts: Sequence[Any], parts: int) -> tuple[list[Publication], list[Any]]:
         (sender,) = publication.buckets
-        meeting = ray.get(sender.call(Broadcast.invite, tuple(map(str, hosts)), 1 + len(hosts) * parts)).value
+        meeting = sender.ask(Broadcast.invite, tuple(map(str, hosts)), 1 + len(hosts) * parts)
         seats = [Seat(meeting, 1 + index * parts) for index in range(len(hosts))]
         return [replace(publication, buckets=(seat,)) for seat in seats], [sender.call(Broadcast.send)]
 
@@ -370,7 +374,7 @@ class SharedGPU:
     @staticmethod
     def dispatch(publication: Publication, hosts: Sequence[Any], parts: int) -> tuple[list[Publication], list[Any]]:
         (sender,) = publication.buckets
-        shared = ray.get(sender.call(SharedGPU.share, len(hosts))).value
+        shared = sender.ask(SharedGPU.share, len(hosts))
         return [replace(publication, buckets=handles) for handles in shared], []
 
     @staticmethod

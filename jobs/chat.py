@@ -44,7 +44,7 @@ class Context:
         from minigpt_ray.tokenizer import load_tokenizer
 
         self.tokenizer, self.max_tokens = load_tokenizer(path), max_tokens
-        self.size: int = AutoConfig.from_pretrained(path).max_position_embeddings
+        self.size: int = AutoConfig.from_pretrained(path, trust_remote_code=False).max_position_embeddings
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         from minigpt_ray.tokenizer import encode_prompt

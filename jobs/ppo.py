@@ -30,6 +30,7 @@ def train(config: PPOConfig) -> None:
     from actors.reference import Reference
     from actors.rewards import RewardError, Rewards
     from actors.training import Training
+    from minigpt_ray.checkpoint import CheckpointError
     from minigpt_ray.object_store import deliver
     from minigpt_ray.rl.experience import Rollout, RolloutBatch, Scores, TrainingState
     from minigpt_ray.rl.metrics import rollout_metrics, score_metrics
@@ -73,7 +74,7 @@ def train(config: PPOConfig) -> None:
         training = Training(ready, tracker, generator, policy, critic, [reference, *rewards.groups])
         if training.state.step == 0:
             log_evaluation(tracker, 0, generator, rewards, ready.held_out, config.evaluation)
-        with one_sentence((RewardError, OutOfRestarts)):
+        with one_sentence((RewardError, OutOfRestarts, CheckpointError)):
             training.run(step)
         policy.export(ready.directory / "model")
         deliver(ready.directory / "model", config.export_to, config.run, "ppo", tracker.message)

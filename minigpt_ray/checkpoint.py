@@ -165,9 +165,13 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+class CheckpointError(OSError):
+    """A checkpoint could not be written: one sentence with the reason, the place and the remedy."""
+
+
 @contextmanager
 def naming(directory: Path) -> Iterator[None]:
-    """Say which checkpoint an error of writing is about, and that the ones before it are whole; raises OSError.
+    """Say which checkpoint an error of writing is about, and that the ones before it are whole; raises CheckpointError.
 
     torch's own writer has a RuntimeError for a full disk, without a path.
     """
@@ -175,4 +179,5 @@ def naming(directory: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         number, reason, filename = (error.errno, error.strerror, error.filename) if isinstance(error, OSError) else (errno.EIO, str(error).split("\n")[0], None)
-        raise OSError(number, f"{reason} while writing the checkpoint {directory}; earlier checkpoints are untouched", filename) from error
+        sentence = f"{reason} while writing the checkpoint {directory}; earlier checkpoints are untouched: make room, and go on with checkpoint.resume=auto"
+        raise CheckpointError(number, sentence, filename) from error

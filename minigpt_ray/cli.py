@@ -54,11 +54,14 @@ def load_config(root: type[C], argv: list[str] | None = None) -> C:
 
 @contextmanager
 def one_sentence(kinds: tuple[type[Exception], ...] = (ValueError, FileNotFoundError)) -> Iterator[None]:
-    """What a user can mend ends the process with code 2 and its sentence on stderr, not with a traceback. `kinds` are such sentences."""
+    """What a user can mend ends the process with code 2 and its sentence on stderr, not with a traceback. `kinds` are such sentences.
+
+    One that comes from another process has the traceback from there in its text; its cause has the sentence alone.
+    """
     try:
         yield
     except kinds as error:
-        print(error, file=sys.stderr)
+        print(getattr(error, "cause", error), file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -9,13 +9,18 @@ VALIDATION = "validation.json"
 def resolve_model(init_from: str, run_dir: Path) -> str:
     """A stage of the run, a local directory or a hub id -> what `from_pretrained` takes.
 
-    Raises FileNotFoundError when it looks like a path and holds no model.
+    Raises FileNotFoundError when it looks like a path and holds no model, or one whose weights are pickled.
     """
     stage = run_dir / init_from / "model"
     if (stage / "config.json").is_file():
         return str(stage)
     local = Path(init_from)
     if (local / "config.json").is_file():
+        if any(local.glob("*.bin")) and not any(local.glob("*.safetensors")):
+            raise FileNotFoundError(
+                f"init_from={init_from!r} holds weights in pickled files alone, which can run code when they are read; "
+                "load them where you trust them and write them again with save_pretrained, as safetensors"
+            )
         return str(local.absolute())
     if local.is_absolute() or init_from.startswith(".") or init_from.count("/") != 1:
         raise FileNotFoundError(

@@ -5,7 +5,7 @@ Stock Hugging Face architectures, so that vLLM and `AutoModelForCausalLM.from_pr
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +18,8 @@ from minigpt_ray.losses import align, token_values
 from minigpt_ray.presets import PRESETS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SAFE: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
+"""A model that somebody gives you runs no code of its own: neither from a pickled file nor from a module beside its config."""
 
 
 def build_causal(preset: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
@@ -38,7 +40,7 @@ def build_causal(preset: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
 
 def load_causal(path: str, dtype: str) -> PreTrainedModel:
     """A causal language model from a directory or hub id."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
+    return AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], **SAFE)
 
 
 def load_scalar(path: str, dtype: str, seed: int | None) -> PreTrainedModel:
@@ -49,7 +51,7 @@ def load_scalar(path: str, dtype: str, seed: int | None) -> PreTrainedModel:
     """
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # from_pretrained would report the fresh head as a problem
-    model, report = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=DTYPES[dtype], output_loading_info=True)
+    model, report = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=DTYPES[dtype], output_loading_info=True, **SAFE)
     logging.set_verbosity(before)
     missing = set(report["missing_keys"])
     if missing - {"score.weight"}:

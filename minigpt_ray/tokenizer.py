@@ -84,7 +84,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"no tokenizer at {path}; python -m jobs.prepare_data trains one")
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(path))
+    tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     if tokenizer.eos_token is None:
         raise ValueError(f"the tokenizer {path} has no eos_token, so a response could never end; set eos_token in its tokenizer_config.json")
     return tokenizer

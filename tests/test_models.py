@@ -1,3 +1,5 @@
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,28 @@ def rows(*lengths: int) -> tuple[Tensor, Tensor]:
     ids = torch.randint(260, (len(lengths), width))
     inside = torch.arange(width) < torch.tensor(lengths)[:, None]
     return ids * inside, inside & (torch.arange(width) >= 2)
+
+
+def test_weights_that_are_pickled_are_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    model = build_causal("nano", tokenizer, seed=0)
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="holds weights in pickled files alone, which can run code when they are read"):
+        resolve_model(str(tmp_path), tmp_path / "run")
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        load_causal(str(tmp_path), "float32")
+
+
+@pytest.mark.parametrize("load", [lambda path: load_causal(path, "float32"), lambda path: load_scalar(path, "float32", seed=0), load_tokenizer])
+def test_code_that_comes_with_a_model_is_not_run(load: Callable[[str], object], tmp_path: Path) -> None:
+    classes = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own", "AutoModelForSequenceClassification": "own.Own", "AutoTokenizer": ["own.Own", None]}
+    for name in ("config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text(json.dumps({"model_type": "own", "auto_map": classes}))
+    ran = tmp_path / "ran"
+    (tmp_path / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load(str(tmp_path))
+    assert not ran.exists()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -32,6 +32,8 @@ class RolePlacement(ProcessPlacement):
 
     ranks: PositiveInt = 1
     """Processes."""
+    strategy: Literal["pack", "spread"] | None = None
+    """Prefer few nodes or many for these ranks; null: as `placement.strategy`."""
 
 
 class GeneratorPlacement(ProcessPlacement):
@@ -84,7 +86,7 @@ class PlacementConfig(Config):
     address: str | None = None
     """Ray cluster to join; none: the one this job was submitted to, else a fresh local one."""
     strategy: Literal["pack", "spread"] = "pack"
-    """Prefer few nodes or many."""
+    """Prefer few nodes or many for the ranks of a role; each role may have its own. Generator workers are placed one by one."""
     wait_seconds: NonNegativeFloat = 10
     """How long the job waits for room, saying what is missing, before it is refused; where an autoscaler brings nodes, as long as these take."""
     check_memory: bool = True

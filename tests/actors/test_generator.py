@@ -3,6 +3,8 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,14 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
+from ray import cloudpickle
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LogitsProcessorList, MinPLogitsWarper, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
 from actors.generator import Generator
-from actors.generator_worker import GeneratorWorker, Order, Request, sampling_seed
+from actors.generator_worker import Completion, GeneratorEngine, GeneratorWorker, Key, Order, Request, sampling_seed
 from actors.group import OutOfRestarts, Rank
 from actors.placement import Cluster
 from actors.transformers_engine import filtered_logprobs
@@ -27,6 +31,7 @@ from minigpt_ray.models import TokenLogprobs, load_causal
 from minigpt_ray.rl.experience import Prompt, Rollout, RolloutBatch
 from minigpt_ray.tokenizer import load_tokenizer
 
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers' processes cannot import a test
 pytestmark = pytest.mark.ray
 
 VLLM = GeneratorConfig(kv_cache_mib=64, max_num_seqs=64)
@@ -141,6 +146,45 @@ def test_a_worker_that_is_killed_or_hangs_is_replaced_and_the_tokens_are_the_sam
     kill(mortal, 0)
     with pytest.raises(OutOfRestarts, match=r"processes of generator died more often than generator\.restart_limit allows"):
         mortal.generate(PROMPTS, sampling)
+
+
+def spoil(generator: Generator, index: int, change: Callable[[GeneratorEngine], None]) -> int:
+    """Do something to a worker's engine, in its process, whose id is returned."""
+    ray.get(generator.hosts[index].__ray_call__.remote(lambda host: change(host.roles["generator"].engine)))
+    return pids(generator)[index]
+
+
+def fails(engine: GeneratorEngine) -> None:
+    def step() -> list[tuple[Key, Completion]]:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    subprocess.Popen(["sleep", "600"])  # a process that the engine has started
+    engine.step = step
+
+
+def takes_steps_that_lead_nowhere(engine: GeneratorEngine) -> None:
+    engine.step = lambda: time.sleep(0.05) or []
+
+
+def test_an_engine_that_fails_ends_its_process_and_one_that_answers_nothing_is_replaced(
+    mortal: Generator, nano: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The second worker answers every call, and no prompt: a wedged one. What it holds, the first one answers."""
+    mortal.receive(published(updated(nano, change=0.02), version=5))
+    expected = mortal.generate(PROMPTS, SAMPLED)
+    failed = spoil(mortal, 1, fails)
+    children = psutil.Process(failed).children()
+    assert tokens(mortal.generate(PROMPTS, SAMPLED)) == tokens(expected)
+    mortal.ready()
+    assert mortal.restarts == 1 and not psutil.pid_exists(failed) and children
+    assert not any(child.is_running() and child.name() == "sleep" for child in children)
+    assert re.search(rf"generator worker 1 \(process {failed} on [\d.]+\) died; a new one takes its place", caplog.text)
+
+    mortal.receive(published(updated(nano, change=0.02), version=6))
+    wedged = spoil(mortal, 1, takes_steps_that_lead_nowhere)
+    while mortal.restarts == 1:
+        assert tokens(mortal.generate(PROMPTS, SAMPLED)) == tokens(expected)
+    assert re.search(rf"generator worker 2 \(process {wedged} on [\d.]+, \w+\) has been in GeneratorWorker\.work for 8 s", caplog.text)
 
 
 # ------------------------------------------------------------------------------------------ two workers with vLLM

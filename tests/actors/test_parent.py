@@ -22,7 +22,7 @@ def train(config):
     print("driver", driver_restarts(), config.checkpoint.resume, os.getpid(), flush=True)
     {body}
 
-config = PPOConfig.model_validate({{"checkpoint": {{"driver_restarts": {limit}}}}})
+config = PPOConfig.model_validate({{"checkpoint": {{"driver_restarts": {limit}}}, "placement": {{"hang_after_s": 4}}}})
 try:
     keep_running(train, config)
 finally:
@@ -63,6 +63,15 @@ def test_a_driver_that_is_killed_is_started_again_with_resume_auto_and_its_paren
         f"the driver (process {first}) was killed by SIGKILL; restart 1 of 2, from the newest checkpoint",
         f"the driver (process {second}) was killed by SIGKILL; restart 2 of 2, from the newest checkpoint",
     ]
+
+
+def test_a_driver_that_stands_still_is_said_with_its_stack_and_followed_by_another_and_one_that_waits_is_let_be() -> None:
+    code, out, err = finish("if driver_restarts(): return\n    time.sleep(8); os.kill(os.getpid(), signal.SIGSTOP)")
+    assert code == 0 and drivers(out) == [["0", "never"], ["1", "auto"]]
+    first = next(line for line in out if line.startswith("driver")).split()[3]
+    assert err[0] == f"the driver (process {first}, stopped) gave no sign of life for 4 s and counts as dead; it was"
+    assert any("in train" in line for line in err)
+    assert err[-1] == f"the driver (process {first}) was killed by SIGKILL; restart 1 of 2, from the newest checkpoint"
 
 
 def test_restarts_are_bounded_and_the_code_is_that_of_the_last_signal() -> None:

@@ -1,13 +1,14 @@
 """Workers join and leave while prompts are answered, nobody waits for them, and the tokens are those of one worker."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,13 @@ from ray._private.node import Node
 from ray._private.parameter import RayParams
 
 from actors import pool
-from actors.generator import Generator
+from actors.generator import Generation, Generator
 from actors.generator_worker import GeneratorWorker
 from actors.placement import Cluster
 from minigpt_ray.config import GeneratorConfig, GeneratorPlacement, PlacementConfig, SamplingConfig
 from minigpt_ray.models import load_causal
 from minigpt_ray.rl.experience import Prompt, Rollout
-from minigpt_ray.scaling import Requests
+from minigpt_ray.scaling import PATIENCE, Autoscaler, Requests
 from tests.actors.test_generator import published
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers' processes cannot import a test
@@ -128,6 +129,51 @@ def test_a_newcomer_that_cannot_start_is_given_up(elastic: Elastic, monkeypatch:
     assert generator.size == 1 and tokens(generator.generate(PROMPTS, SAMPLING)) == elastic.alone
 
 
+def never_built(*_: object) -> GeneratorWorker:
+    threading.Event().wait()
+    raise AssertionError
+
+
+def test_a_newcomer_that_is_never_built_is_ended_and_given_up(elastic: Elastic, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    generator = elastic.generator
+    monkeypatch.setattr(pool, "START_SECONDS", 8.0)
+    monkeypatch.setattr(elastic.cluster, "config", elastic.cluster.config.model_copy(update={"hang_after_s": 8.0}))
+    monkeypatch.setattr(generator, "_build", never_built)
+    generator.resize(2)
+    generator.ready()
+    assert re.search(r"generator worker \d+ \(process \d+ on [\d.]+, \w+\) has been in RankHost\.build for 8 s and counts as dead", caplog.text)
+    assert "in never_built" in caplog.text and elastic.said[-1].endswith("the job goes on with 1")
+
+
+def test_a_pool_that_may_scale_itself_grows_with_the_queue_and_shrinks_when_it_is_idle(elastic: Elastic, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = elastic.generator
+    monkeypatch.setattr(generator, "placement", GeneratorPlacement(max_workers=2, autoscale=True))
+    monkeypatch.setattr(generator, "_autoscaler", Autoscaler(generator.placement))
+
+    def step(prompts: Sequence[Prompt]) -> None:
+        generator.reset_usage()
+        generator.generate(prompts, SAMPLING)
+        generator.receive(published(load_causal(generator._args[0], "float32").eval(), version=1))
+
+    step(PROMPTS * 4)
+    assert generator.size == 2
+    generator.ready()
+    for _ in range(PATIENCE):
+        assert generator.size == 2
+        step(PROMPTS[:1])
+    generator.advance()
+    assert generator.size == len(generator.workers) == 1
+
+
+def test_of_a_chunk_the_longest_prompt_is_handed_out_first(elastic: Elastic) -> None:
+    dispatch = Generation(elastic.generator, PROMPTS, SAMPLING, chunk=8).dispatch
+    dispatch.balance([0], now=0.0)
+    order = dispatch.orders(0).new
+    assert [place // 8 for place in order] == sorted(place // 8 for place in range(24))
+    lengths = [len(PROMPTS[place].token_ids) for place in order]
+    assert all(lengths[start : start + 8] == sorted(lengths[start : start + 8], reverse=True) for start in (0, 8, 16)) and len(set(lengths)) > 2
+
+
 def test_what_the_cluster_cannot_hold_is_said_and_the_job_goes_on(elastic: Elastic, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = elastic.generator
     monkeypatch.setattr(pool, "ROOM_SECONDS", 0.0)
@@ -174,19 +220,34 @@ def away() -> Iterator[str]:
             time.sleep(0.1)
 
 
-def test_a_node_that_announces_its_end_is_left_before_it(ray_cluster: None, nano: Path, elastic: Elastic) -> None:
-    """Its worker answers until another one is there, which costs no restart and changes no token."""
+def test_a_node_that_joins_is_used_and_one_that_announces_its_end_is_left_before_it(
+    ray_cluster: None, nano: Path, elastic: Elastic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the one that ends the worker answers until another one is there, which costs no restart and changes no token."""
+    monkeypatch.setattr(pool, "ROOM_SECONDS", 0.0)
     placement = PlacementConfig(generator=GeneratorPlacement(labels={"zone": "away"}))
-    with away() as first, Cluster(placement, {"generator": placement.generator}) as cluster, away() as second:
+    with away() as first, Cluster(placement, {"generator": placement.generator}) as cluster, ExitStack() as nodes:
         generator = Generator(cluster, str(nano), GeneratorConfig(backend="transformers", max_num_seqs=8), 64, 1, seed=3, probe_tolerance=1e-3)
         said: list[str] = []
         generator.obey(Requests(nano), said.append)
         generator.ready()
         generator.receive(published(load_causal(str(nano), "float32").eval(), version=1))
         assert [worker.node for worker in generator.workers] == [first]
+        generator.resize(2)
+        assert tokens(generator.generate(PROMPTS, SAMPLING)) == elastic.alone
+        assert len(said) == 1 and said[0].startswith("the cluster has no room for 1 of 2 generator workers (1 CPU each); the job goes on with 1")
+        monkeypatch.setattr(pool, "ROOM_SECONDS", 100.0)
+        second = nodes.enter_context(away())
+        while len(generator.able) < 2:
+            assert tokens(generator.generate(PROMPTS, SAMPLING)) == elastic.alone
+        assert [worker.node for worker in generator.workers] == [first, second]
+        assert said.pop() == "a generator worker has joined, with weights version 1; 2 of 2 are there"
+        generator.resize(1)
+        generator.advance()
+        assert [worker.node for worker in generator.workers] == [first] and said.pop() == "a generator worker has left; workers now: 1"
         drain = ["drain-node", f"--address={ray.get_runtime_context().gcs_address}", f"--node-id={first}", "--reason=DRAIN_NODE_REASON_PREEMPTION"]
         subprocess.run([Path(sys.executable).parent / "ray", *drain, "--reason-message=test", "--deadline-remaining-seconds=300"], check=True)
         while [worker.node for worker in generator.workers] != [second]:
             assert tokens(generator.generate(PROMPTS, SAMPLING)) == elastic.alone
-        assert said == ["the node of generator worker 0 is about to end; another one is started elsewhere", "a generator worker has left; workers now: 1"]
+        assert said[1:] == ["the node of generator worker 0 is about to end; another one is started elsewhere", "a generator worker has left; workers now: 1"]
         assert generator.restarts == 0

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import ray
 
+from actors import preflight as preflight_module
+from actors.parent import RESTARTS
 from actors.placement import Cluster
 from actors.preflight import Node, PlacementError, preflight, room, selects
 from minigpt_ray.config import PlacementConfig, RolePlacement
@@ -90,6 +92,16 @@ def test_what_the_cluster_cannot_hold_is_refused_within_seconds_with_a_table(ray
 
 
 @pytest.mark.ray
+def test_a_driver_that_follows_a_dead_one_waits_for_its_room(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(RESTARTS, "1")
+    monkeypatch.setattr(preflight_module, "FREED_SECONDS", 3.0)
+    start = time.monotonic()
+    with pytest.raises(PlacementError, match=r"raise placement\.wait_seconds=3 "):
+        Cluster(PlacementConfig(wait_seconds=0), {"policy": RolePlacement(cpus=1000)})
+    assert time.monotonic() - start >= 3
+
+
+@pytest.mark.ray
 def test_memory_that_no_node_has_is_refused_unless_it_is_not_to_be_checked(ray_cluster: None) -> None:
     roles = {"policy": RolePlacement()}
     with pytest.raises(PlacementError, match=r"policy has room for 0 of 1 ranks by the memory that they are estimated to need .*check_memory=false"):
@@ -114,10 +126,11 @@ from minigpt_ray.config import PlacementConfig, RolePlacement
 
 logging.basicConfig(format="%(message)s")
 nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 0})
-learner = nodes.add_node(num_cpus=2, labels={"role": "learner"})
+learner = nodes.add_node(num_cpus=4, labels={"role": "learner"})
 roles = {
     "policy": RolePlacement(ranks=2, labels={"role": "learner"}),
     "generator": RolePlacement(ranks=2, resources={"engine": 1}),
+    "critic": RolePlacement(ranks=2, strategy="spread"),
 }
 try:
     Cluster(PlacementConfig(address=nodes.address, wait_seconds=1), roles)
@@ -127,7 +140,7 @@ late = []
 ray._private.utils.set_sigterm_handler = lambda handler: None  # which the main thread alone may do
 def come():
     time.sleep(3)
-    late.append(nodes.add_node(num_cpus=2, resources={"engine": 2}))
+    late.append(nodes.add_node(num_cpus=4, resources={"engine": 2}))
     threading.Event().wait()  # the node dies with the thread that started it
 threading.Thread(target=come, daemon=True).start()
 with Cluster(PlacementConfig(address=nodes.address, wait_seconds=100), roles) as cluster:
@@ -144,9 +157,10 @@ def test_on_several_nodes_roles_go_where_their_labels_and_resources_are_and_a_no
     done = subprocess.run([sys.executable, "-c", SEVERAL_NODES], cwd=CHECKOUT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
+    assert {found["learner"], found["engines"]} == set(found["where"].pop("critic"))  # spread, though either node has room for both
     assert found["where"] == {"policy": [found["learner"]] * 2, "generator": [found["engines"]] * 2}
-    sentence, policy, generator, *nodes = found["refused"].splitlines()
-    assert "4 CPU asked and 2 free, 2 engine asked and 0 free" in sentence
+    sentence, policy, generator, _, *nodes = found["refused"].splitlines()
+    assert "6 CPU asked and 4 free, 2 engine asked and 0 free" in sentence
     assert policy.endswith("2 x 1 CPU, 0 GPU, role=learner; room for 2") and generator.endswith("2 x 1 CPU, 0 GPU, 1 engine; room for 0")
     assert len(nodes) == 2 and any(line.endswith("role=learner") for line in nodes)
-    assert "waiting for room: 4 CPU asked and 2 free" in done.stderr and "s left of placement.wait_seconds=100" in done.stderr
+    assert "waiting for room: 6 CPU asked and 4 free" in done.stderr and "s left of placement.wait_seconds=100" in done.stderr

@@ -8,13 +8,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from actors.watchdog import examine_and_kill
+from actors.stacks import examine_and_kill
 
 CHECKOUT = Path(__file__).parents[2]
 
 HANGS = """
 import subprocess, threading
-from actors.watchdog import keep_stacks_at_hand
+from actors.stacks import keep_stacks_at_hand
 keep_stacks_at_hand()
 child = subprocess.Popen(["sleep", "100"])
 def waits_for_ever():

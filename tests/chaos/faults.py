@@ -49,8 +49,8 @@ def _reward_function(job: Job, random: Random) -> bool:
     return _send(random.choice(sorted(children) or [0]), signal.SIGKILL)
 
 
-def _driver(job: Job, random: Random) -> bool:
-    return _send(job.driver(), signal.SIGKILL)
+def _driver(number: signal.Signals) -> Callable[[Job, Random], bool]:
+    return lambda job, random: _send(job.driver(), number)
 
 
 def _of_ray(name: str) -> Callable[[Job, Random], bool]:
@@ -97,16 +97,17 @@ def _server(how: str) -> Callable[[Job, Random], bool]:
     return inject
 
 
-REPEATED = "a process of {} died; the role is started again and the call repeated"
-REWOUND = "a process of {} died; the learners start again and go on after step"
+WHERE = r"\(process \d+ on [\d.]+\)"
+REPEATED = rf"{{}} rank 0 of 1 {WHERE} died; the role is started again and the call repeated"
+REWOUND = rf"{{}} rank 0 of 1 {WHERE} died; the learners start again and go on after step"
 ENDED = r"{} \(process \d+ on [\d.]+, stopped\) has been in .* for \d+ s and counts as dead"
 NEXT_DRIVER = r"the driver \(process \d+\) (was killed by SIG\w+|lost Ray, or a role \(code \d+\)); restart \d+ of 99, from the newest checkpoint"
 GOES_ON = r"PPO goes on after step \d+"
 
 FAULTS = {
-    "generator": Fault("generator worker, SIGKILL", _signal("generator", signal.SIGKILL), r"generator worker \d+ died; a new one takes its place"),
-    "policy": Fault("policy rank, SIGKILL", _signal("policy", signal.SIGKILL), REWOUND.format(r"(policy|critic)")),
-    "critic": Fault("critic rank, SIGKILL", _signal("critic", signal.SIGKILL), REWOUND.format(r"(policy|critic)")),
+    "generator": Fault("generator worker, SIGKILL", _signal("generator", signal.SIGKILL), rf"generator worker \d+ {WHERE} died; a new one takes its place"),
+    "policy": Fault("policy rank, SIGKILL", _signal("policy", signal.SIGKILL), REWOUND.format(r"(policy|critic|rewards)")),
+    "critic": Fault("critic rank, SIGKILL", _signal("critic", signal.SIGKILL), REWOUND.format(r"(policy|critic|rewards)")),
     "reference": Fault("reference rank, SIGKILL", _signal("reference", signal.SIGKILL), REPEATED.format("reference")),
     "reward_model": Fault("reward model rank, SIGKILL", _signal("reward_model_0", signal.SIGKILL), REPEATED.format("reward_model_0")),
     "rewards": Fault("process that asks the reward sources, SIGKILL", _signal("rewards", signal.SIGKILL), REPEATED.format("rewards")),
@@ -117,11 +118,13 @@ FAULTS = {
     "policy_hangs": Fault("policy rank, SIGSTOP", _signal("policy", signal.SIGSTOP), ENDED.format("policy rank 0 of 1")),
     "critic_hangs": Fault("critic rank, SIGSTOP", _signal("critic", signal.SIGSTOP), ENDED.format("critic rank 0 of 1")),
     "reference_hangs": Fault("reference rank, SIGSTOP", _signal("reference", signal.SIGSTOP), ENDED.format("reference rank 0 of 1")),
+    "rewards_hang": Fault("process that asks the reward sources, SIGSTOP", _signal("rewards", signal.SIGSTOP), ENDED.format("rewards rank 0 of 1")),
     "reward_model_hangs": Fault("reward model rank, SIGSTOP", _signal("reward_model_0", signal.SIGSTOP), ENDED.format("reward_model_0 rank 0 of 1")),
     "server_hangs": Fault("reward server gives no answer", _server("hang"), r"rewards\.served.*no answer within.*; it is repeated"),
     "server_rubbish": Fault("reward server answers rubbish", _server("rubbish"), r"rewards\.served.*something else than.*; it is repeated"),
     "server_trouble": Fault("reward server answers 503", _server("trouble"), r"rewards\.served.*status 503.*; it is repeated"),
-    "driver": Fault("driver, SIGKILL", _driver, NEXT_DRIVER),
+    "driver": Fault("driver, SIGKILL", _driver(signal.SIGKILL), NEXT_DRIVER),
+    "driver_hangs": Fault("driver, SIGSTOP", _driver(signal.SIGSTOP), r"the driver \(process \d+, stopped\) gave no sign of life for \d+ s and counts as dead"),
     "raylet": Fault("Ray on the host of the driver (raylet), SIGKILL", _of_ray("raylet"), NEXT_DRIVER),
     "gcs": Fault("Ray's store (GCS), SIGKILL", _of_ray("gcs_server"), NEXT_DRIVER),
     "damage": Fault("newest checkpoint damaged, driver SIGKILL", _damage, r"checkpoint .* is damaged .*taking the one before it"),

@@ -70,9 +70,9 @@ class RewardServer:
 class World:
     """A directory of runs that all begin alike."""
 
-    def __init__(self, home: Path, steps: int) -> None:
-        """What is there already is used again."""
-        self.home, self.steps = home.resolve(), steps
+    def __init__(self, home: Path, steps: int, *options: str) -> None:
+        """What is there already is used again; `options` of all runs; the undisturbed one has its roles in one process all the same."""
+        self.home, self.steps, self.options = home.resolve(), steps, options
         self.server = RewardServer()
         start = self.home / "undisturbed"
         if not (start / "reward_model" / "model").exists():
@@ -95,7 +95,7 @@ class World:
             if not (self.home / run / stage).exists():
                 (self.home / run).mkdir(exist_ok=True)
                 (self.home / run / stage).symlink_to(self.home / "undisturbed" / stage)
-        options = (f"run={run}", f"steps={self.steps}", f"logging.batches={self.steps}", *OPTIONS, self.server.option, *overrides)
+        options = (f"run={run}", f"steps={self.steps}", f"logging.batches={self.steps}", *OPTIONS, self.server.option, *self.options, *overrides)
         job = Job(self, self.home / run / "ppo", command(self.home, *options))
         try:
             yield job

@@ -67,10 +67,8 @@ class Host:
         """All that run here."""
         if self.isolated:
             found = map(int, run("ip", "netns", "pids", self.name, check=False).stdout.split())
-            return [psutil.Process(pid) for pid in found if psutil.pid_exists(pid)]
-        if self.raylet is None or self.raylet.poll() is not None:
-            return []
-        return [process := psutil.Process(self.raylet.pid), *process.children(recursive=True)]
+            return [process for pid in found for process in family(pid)[:1]]
+        return family(self.raylet.pid) if self.raylet is not None and self.raylet.poll() is None else []
 
     def lose(self) -> None:
         """The power goes: every process ends at once."""
@@ -85,6 +83,13 @@ class Host:
     def cut_off(self, cut: bool = True) -> None:
         """Nothing reaches the host, and nothing leaves it; or everything does again."""
         run("ip", "link", "set", f"mgr-{self.number}", "down" if cut else "up")
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """A process and all that it has started; nobody when it has just ended."""
+    with suppress(psutil.NoSuchProcess):
+        return [process := psutil.Process(pid), *process.children(recursive=True)]
+    return []
 
 
 @dataclass

@@ -1,11 +1,14 @@
 """PPO on a cluster of three hosts: submitted from outside, learners on two of them, the generator on the third; hosts that are lost, or cut off."""
 
 import json
+import os
 import re
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +31,7 @@ SPREAD = (
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What all hosts see."""
     directory = tmp_path_factory.mktemp("shared")
-    random_start(directory, "alone", "apart", "lost", "headless", "cut")
+    random_start(directory, "alone", "apart", "driverless", "lost", "headless", "cut")
     (directory / "a_users_rewards.py").write_text(LOWER_CASE)
     return directory
 
@@ -87,9 +90,18 @@ class Submitted:
         self.wait_for(lambda: self.status == "SUCCEEDED")
         return Finished(self.directory, self.output)
 
+    @property
+    def _processes(self) -> dict[str, Any]:
+        return json.loads((self.directory / "processes.json").read_text())
+
+    @property
+    def driver(self) -> int:
+        """Its process."""
+        return self._processes["driver"]
+
     def places(self, role: str) -> list[str]:
         """Hosts of a role's processes."""
-        return [place["host"] for place in json.loads((self.directory / "processes.json").read_text())["roles"][role]]
+        return [place["host"] for place in self._processes["roles"][role]]
 
 
 def test_learners_on_two_hosts_and_a_generator_on_a_third_have_the_numbers_of_one_host(alone: Finished, hosts: Hosts, home: Path) -> None:
@@ -101,6 +113,16 @@ def test_learners_on_two_hosts_and_a_generator_on_a_third_have_the_numbers_of_on
     assert_same(run, alone)
 
 
+def test_the_driver_of_a_submitted_job_is_killed_and_another_one_finds_its_room(alone: Finished, hosts: Hosts, home: Path) -> None:
+    job = Submitted(hosts, home, "driverless", steps=8)
+    job.wait_for_step(3)
+    os.kill(job.driver, signal.SIGKILL)
+    run = job.finish()
+    assert re.search(r"the driver \(process \d+\) was killed by SIGKILL; restart 1 of \d+, from the newest checkpoint", run.output)
+    assert re.search(r"PPO goes on after step \d", run.output)
+    assert_same(run, alone)
+
+
 def test_the_host_of_the_generator_is_lost_and_comes_back(alone: Finished, hosts: Hosts, home: Path) -> None:
     """Nothing else has its label, so the job waits for it."""
     job = Submitted(hosts, home, "lost", steps=8)
@@ -109,7 +131,7 @@ def test_the_host_of_the_generator_is_lost_and_comes_back(alone: Finished, hosts
     time.sleep(5)
     hosts.start(hosts["mgr-generator"])
     run = job.finish()
-    assert re.search(r"generator worker \d+ died; a new one takes its place", run.output)
+    assert re.search(r"generator worker \d+ \(process \d+ on [\d.]+\) died; a new one takes its place", run.output)
     assert_same(run, alone)
 
 
@@ -131,6 +153,6 @@ def test_a_host_with_learners_is_cut_off(alone: Finished, hosts: Hosts, home: Pa
     job.wait_for_step(3)
     hosts["mgr-learner"].cut_off()
     run = job.finish()
-    assert re.search(r"a process of (policy|critic) died; the learners start again and go on after step \d", run.output)
+    assert re.search(r"(policy|critic).* died; the learners start again and go on after step \d", run.output)
     assert set(job.places("policy")) == {hosts["mgr-head"].address}
     assert_same(run, alone)
