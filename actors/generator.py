@@ -2,17 +2,18 @@
 
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import ray
 
-from actors.dispatch import Dispatch
+from actors.dispatch import SLOW, SLOW_SECONDS, Dispatch
 from actors.generator_worker import Answer, GeneratorWorker, Order, Received, Request, sampling_seed
 from actors.group import RoleLost, Timed, by_reference, get_all, has_died
 from actors.placement import Cluster
 from actors.pool import POLL_SECONDS, Pool, Worker
+from actors.watchdog import Limit
 from actors.weights import TRANSPORTS, Publication
 from minigpt_ray.config import GeneratorConfig, SamplingConfig
 from minigpt_ray.rl.experience import Prompt, Rollout
@@ -83,28 +84,51 @@ class Generator(Pool[GeneratorWorker]):
         self._deliver()
 
     def _deliver(self) -> None:
-        """All workers load and prove the current publication, and are awake; one that dies at it is replaced, and the others load it again."""
+        """All workers load and prove the current publication, and are awake; one that dies at it is replaced, and the others load it again.
+
+        Those that are late may generate once they are done.
+        """
         self._loading.clear()  # calls of a worker are in order: an older one ends before this one begins
         while True:
             self._wait_for_one()
-            workers = list(self.workers)
-            calls, sending = self._send(workers)
+            sent, sending = self._send(self.workers)
+            calls = dict(zip(sent, self.workers, strict=True))
+            in_time, limit = self._in_time(sent)
             try:
-                timed = get_all([*calls, *sending], self._limit(GeneratorWorker.receive))[: len(calls)]
+                timed = get_all([*in_time, *sending], limit)[: len(in_time)]
                 break
             except ray.exceptions.RayActorError as death:
-                dead = [worker for worker, call in zip(workers, calls, strict=True) if has_died(call)]
+                dead = [worker for call, worker in calls.items() if call in in_time and has_died(call)]
                 if not dead:
                     raise RoleLost("policy") from death  # the sender
                 for worker in dead:
                     self.replace(worker, death)
         self.usage.busy_seconds += max(t.seconds for t in timed)
-        self.usage.span("receive", {worker.number: t for worker, t in zip(workers, timed, strict=True)})
+        self.usage.span("receive", {calls[call].number: t for call, t in zip(in_time, timed, strict=True)})
         self.marks.append(Mark(f"weights version {self.version}", time.time()))
         self._asleep = False
         self.received = [t.value for t in timed]
-        for worker in workers:
-            self._has_proved(worker)
+        for call in in_time:
+            self._has_proved(calls[call])
+        self._loading.update({call: worker for call, worker in calls.items() if call not in in_time})
+
+    def _in_time(self, calls: Sequence[Any]) -> tuple[list[Any], Limit]:
+        """Those of some calls to load weights that the driver waits for, in their order, and for how long.
+
+        These are all, unless workers load by themselves (transport `object_store`): then it waits SLOW times as long as
+        the first one took, at least SLOW_SECONDS.
+        """
+        limit, begin = self._limit(GeneratorWorker.receive), time.monotonic()
+        assert self._publication is not None
+        if self._publication.transport != "object_store":
+            return list(calls), limit
+        for worker in self.workers:
+            worker.since = begin
+        if not ray.wait(list(calls), num_returns=1, timeout=limit.seconds)[0]:
+            return list(calls), replace(limit, seconds=0.0)
+        patience = max(SLOW_SECONDS, SLOW * (time.monotonic() - begin))
+        ended = ray.wait(list(calls), num_returns=len(calls), timeout=patience)[0]
+        return [call for call in calls if call in ended], limit
 
     def _send(self, workers: Sequence[Worker]) -> tuple[list[Any], list[Any]]:
         """Calls by which workers load the current publication, and those by which it is sent."""
