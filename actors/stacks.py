@@ -30,7 +30,7 @@ def examine_and_kill(pid: int) -> tuple[str, str]:
         process = psutil.Process(pid)
         state, stacks = process.status(), _stacks(pid)
         family = [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):  # also one that goes on, and ends, while it is asked
         return "gone", ""
     for member in family:
         with suppress(psutil.NoSuchProcess):

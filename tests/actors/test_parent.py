@@ -66,7 +66,7 @@ def test_a_driver_that_is_killed_is_started_again_with_resume_auto_and_its_paren
 
 
 def test_a_driver_that_stands_still_is_said_with_its_stack_and_followed_by_another_and_one_that_waits_is_let_be() -> None:
-    code, out, err = finish("if driver_restarts(): return\n    time.sleep(8); os.kill(os.getpid(), signal.SIGSTOP)")
+    code, out, err = finish("if driver_restarts(): return\n    time.sleep(8); os.kill(os.getpid(), signal.SIGSTOP); time.sleep(60)")
     assert code == 0 and drivers(out) == [["0", "never"], ["1", "auto"]]
     first = next(line for line in out if line.startswith("driver")).split()[3]
     assert err[0] == f"the driver (process {first}, stopped) gave no sign of life for 4 s and counts as dead; it was"
