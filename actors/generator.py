@@ -16,6 +16,7 @@ from actors.pool import POLL_SECONDS, Pool, Worker
 from actors.watchdog import Limit
 from actors.weights import TRANSPORTS, Publication
 from minigpt_ray.config import GeneratorConfig, SamplingConfig
+from minigpt_ray.model_directory import same_but_for_weights
 from minigpt_ray.rl.experience import Prompt, Rollout
 from minigpt_ray.scaling import Autoscaler
 from minigpt_ray.timeline import Mark
@@ -62,6 +63,7 @@ class Generator(Pool[GeneratorWorker]):
     ) -> None:
         """`path`: the checkpoint that engines are built from; `max_model_len`: longest prompt and response together."""
         self._config, self._seed, self._tensor_parallel = config, seed, tensor_parallel
+        self._built_from = self._checkpoint = path
         self._asleep = False
         self._publication: Publication | None = None
         self.version = -1
@@ -169,7 +171,7 @@ class Generator(Pool[GeneratorWorker]):
 
     def _load(self, worker: Worker) -> Any:
         if self._publication is None:
-            return worker.host.call.remote(self.role, GeneratorWorker.load_checkpoint, (self.version,))
+            return worker.host.call.remote(self.role, GeneratorWorker.load_checkpoint, (self.version, self._checkpoint))
         (call,), _ = self._send([worker])
         return call
 
@@ -197,10 +199,14 @@ class Generator(Pool[GeneratorWorker]):
             if indices:
                 self._limit(method).exceeded(indices)
 
-    def use_checkpoint(self, version: int = 0) -> None:
-        """Generate with the checkpoint that the workers were built from."""
-        self.version = version
-        self.call(GeneratorWorker.load_checkpoint, version).result()
+    def can_use(self, path: str) -> bool:
+        """Whether the engines can load the checkpoint at `path` in place of the one that they were built from."""
+        return same_but_for_weights(path, self._built_from)
+
+    def use_checkpoint(self, version: int = 0, path: str | None = None) -> None:
+        """Generate with the checkpoint that the workers were built from, or one that they can use."""
+        self._publication, self._checkpoint, self.version = None, path or self._built_from, version
+        self.call(GeneratorWorker.load_checkpoint, version, self._checkpoint).result()
         for worker in self.workers:
             worker.version = version
 

@@ -18,6 +18,7 @@ from actors.group import Rank
 from actors.stacks import end_family
 from actors.weights import TRANSPORTS, Publication, WeightsError, probe_gap
 from minigpt_ray.config import GeneratorConfig, SamplingConfig
+from minigpt_ray.models import saved_weights
 from minigpt_ray.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -161,6 +162,7 @@ class GeneratorWorker:
         self.engine = ENGINES[config.backend](path, config, max_model_len, tensor_parallel, seed)
         self.tokenizer = load_tokenizer(path)
         self.config, self.probe_tolerance = config, probe_tolerance
+        self._path = path
         self.version = -1
         self.asleep = False
         self._open: dict[int, _Open] = {}
@@ -168,7 +170,7 @@ class GeneratorWorker:
     def receive(self, publication: Publication) -> Received:
         """Load a publication and prove it, awake again if it slept; raises WeightsError when the bytes or the probe do not agree."""
         start = time.perf_counter()
-        self.version = -1
+        self.version, self._path = -1, ""
         with dying_with_the_engine():
             self.drop(list(self._open))
             if self.asleep:
@@ -212,8 +214,14 @@ class GeneratorWorker:
         taken = [self._open.pop(number) for number in numbers if number in self._open]
         self.engine.cancel([key for one in taken for key in one.keys])
 
-    def load_checkpoint(self, version: int) -> None:
-        """Generate with the checkpoint that the engine was built from, as `version`."""
+    def load_checkpoint(self, version: int, path: str) -> None:
+        """Generate with a checkpoint as `version`: the one that the engine was built from, or one that differs from it in its weights alone."""
+        if path != self._path:
+            self.version = -1
+            with dying_with_the_engine():
+                self.drop(list(self._open))
+                self.engine.load(saved_weights(path))
+            self._path = path
         self.version = version
 
     def sleep(self) -> None:

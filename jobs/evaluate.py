@@ -41,14 +41,18 @@ def run(config: EvaluateConfig) -> None:
     placement = config.placement
     with one_sentence((PlacementError, RewardError)), Cluster(placement, roles_of_evaluation(placement, config.rewards)) as cluster:
         rewards = Rewards(cluster, config.rewards, config.run_dir, next(iter(paths.values())))
-        for name, path in paths.items():
+        generator: Generator | None = None
+        for number, (name, path) in enumerate(paths.items()):
             prompts = held_out[name]
             longest = max(len(prompt.token_ids) for prompt in prompts) + config.sampling.max_tokens
             with console.status(f"{name}: {len(prompts)} held-out prompts"):
-                generator = Generator(cluster, path, config.generator, longest, placement.generator.tensor_parallel, config.seed)
-                for role in (generator, *rewards.groups):
-                    role.ready()
-                generator.use_checkpoint()
+                if generator is None or not generator.can_use(path):  # else its engine, which takes long to start, loads the next weights
+                    if generator is not None:
+                        generator.close()
+                    generator = Generator(cluster, path, config.generator, longest, placement.generator.tensor_parallel, config.seed)
+                    for role in (generator, *rewards.groups):
+                        role.ready()
+                generator.use_checkpoint(number, path)
                 judged[name] = judge(generator, rewards, prompts, config.sampling)
                 results[name] = figures(judged[name], config.seed)
                 if config.sampled:
@@ -56,7 +60,6 @@ def run(config: EvaluateConfig) -> None:
                 if config.pass_at:
                     drawn = judge(generator, rewards, prompts, at_temperature_one(config.sampling, config.pass_samples))
                     results[name] |= pass_figures(drawn, config.pass_samples, config.pass_at, config.seed)
-                generator.close()
     if config.baseline is not None:
         for name in [name for name in config.models if name != config.baseline]:
             results[name] |= win_rate(judged[name], judged[config.baseline], config.judge, config.baseline, config.seed)

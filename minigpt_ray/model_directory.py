@@ -1,6 +1,10 @@
 """Where a model is: a stage of the run, a directory, a hub id. Imports no torch, so that a missing one is refused at once."""
 
+import json
 from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
 
 VALIDATION = "validation.json"
 """In a model directory: what the stage that made it measured on held-out data at its end, by the names of docs/metrics.md."""
@@ -34,3 +38,18 @@ def config_json(path: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     return Path(path) / "config.json" if Path(path).is_dir() else Path(hf_hub_download(path, "config.json"))
+
+
+def same_but_for_weights(one: str, other: str) -> bool:
+    """Whether an engine that was built from one model directory computes with another once it has loaded its weights: names and shapes, configuration and tokenizer are the same."""
+    return one == other or (Path(one).is_dir() and Path(other).is_dir() and _all_but_weights(Path(one)) == _all_but_weights(Path(other)))
+
+
+def _all_but_weights(directory: Path) -> tuple[Any, ...]:
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, "numpy") as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118  # it is no mapping
+    tokenizer = [path.read_bytes() if path.is_file() else b"" for path in (directory / "tokenizer.json", directory / "tokenizer_config.json")]
+    return {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}, shapes, tokenizer

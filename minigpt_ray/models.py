@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, logging
 from transformers.core_model_loading import revert_weight_conversion
@@ -41,6 +42,14 @@ def build_causal(preset: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
 def load_causal(path: str, dtype: str) -> PreTrainedModel:
     """A causal language model from a directory or hub id."""
     return AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], **SAFE)
+
+
+def saved_weights(path: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a model directory, by the names under which they were saved, one after the other."""
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # it is no mapping
+                yield name, tensors.get_tensor(name)
 
 
 def load_scalar(path: str, dtype: str, seed: int | None) -> PreTrainedModel:

@@ -27,7 +27,7 @@ from actors.placement import Cluster
 from actors.transformers_engine import filtered_logprobs
 from actors.weights import Probe, Publication, WeightsError, probe_tokens, publish
 from minigpt_ray.config import GeneratorConfig, GeneratorPlacement, PlacementConfig, SamplingConfig
-from minigpt_ray.models import TokenLogprobs, load_causal
+from minigpt_ray.models import TokenLogprobs, export, load_causal
 from minigpt_ray.rl.experience import Prompt, Rollout, RolloutBatch
 from minigpt_ray.tokenizer import load_tokenizer
 
@@ -241,7 +241,7 @@ def test_a_llama_export_loads_as_it_is_and_agrees(two_workers: Generator, llama:
     args = (str(llama), VLLM, 64, 1, 3, TOLERANCE)
     host = two_workers.hosts[0]
     ray.get(host.build.remote("llama", GeneratorWorker, *args))
-    ray.get(host.call.remote("llama", GeneratorWorker.load_checkpoint, (0,)))
+    ray.get(host.call.remote("llama", GeneratorWorker.load_checkpoint, (0, str(llama))))
     orders = [Order(i, (Request(p.token_ids, p.serial),)) for i, p in enumerate(PROMPTS)]
     one_each = replace_sampling(SAMPLED, n=1)
     answers = dict(ray.get(host.call.remote("llama", GeneratorWorker.work, (orders, [], one_each, 0))).value)
@@ -366,6 +366,20 @@ def test_after_an_update_is_published_the_logprobs_are_the_new_policys(generator
     assert metrics["weights/version"] == 1 and metrics["weights/publish_bytes"] == sum(p.numel() * 4 for p in new.parameters())
 
 
+def test_engines_load_another_checkpoint_that_differs_in_its_weights_alone(
+    generator: Generator, model: PreTrainedModel, nano: Path, llama: Path, tmp_path: Path
+) -> None:
+    """As an evaluation of several models does."""
+    new = updated(nano, change=0.02)
+    export(new, load_tokenizer(nano), tmp_path)
+    assert generator.can_use(str(tmp_path)) and not generator.can_use(str(llama))
+    generator.use_checkpoint(1, str(tmp_path))
+    rollouts = generator.generate(PROMPTS, SAMPLED)
+    assert gap(new, rollouts) < TOLERANCE and all((r.weight_versions == 1).all() for r in rollouts)
+    generator.use_checkpoint(2, str(nano))
+    assert gap(model, generator.generate(PROMPTS, SAMPLED)) < TOLERANCE
+
+
 def test_a_tied_head_that_stays_stale_in_vllm_is_found_by_the_probe(generator: Generator, nano: Path) -> None:
     new = published(updated(nano, change=0.02), version=2)
     stale = replace(new, manifest=tuple(spec for spec in new.manifest if spec.name != "model.embed_tokens.weight"))
@@ -393,7 +407,7 @@ def test_vllm_with_weights_that_are_not_numbers_is_found_by_the_probe(generator:
 def plain(nano: Path) -> GeneratorWorker:
     """A worker on transformers alone, in this process; batches of 5."""
     worker = GeneratorWorker(Rank(0, 1, "cpu"), str(nano), GeneratorConfig(backend="transformers", max_num_seqs=5), LIMIT, 1, 3, TOLERANCE)
-    worker.load_checkpoint(0)
+    worker.load_checkpoint(0, str(nano))
     return worker
 
 

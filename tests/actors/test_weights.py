@@ -164,6 +164,6 @@ def test_weights_that_are_not_numbers_are_refused(worker: GeneratorWorker, publi
 
 
 @pytest.mark.ray
-def test_a_worker_may_start_from_its_checkpoint_without_a_proof(worker: GeneratorWorker) -> None:
-    worker.load_checkpoint(0)
+def test_a_worker_may_start_from_its_checkpoint_without_a_proof(worker: GeneratorWorker, nano: Path) -> None:
+    worker.load_checkpoint(0, str(nano))
     assert len(worker.work(ORDERS, [], SAMPLING, version=0)) == 1
