@@ -46,10 +46,10 @@ def same_but_for_weights(one: str, other: str) -> bool:
 
 
 def _all_but_weights(directory: Path) -> tuple[Any, ...]:
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config, special = (json.loads((directory / name).read_text(encoding="utf-8")) for name in ("config.json", "tokenizer_config.json"))
     shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, "numpy") as tensors:
             shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118  # it is no mapping
-    tokenizer = [path.read_bytes() if path.is_file() else b"" for path in (directory / "tokenizer.json", directory / "tokenizer_config.json")]
+    tokenizer = (directory / "tokenizer.json").read_bytes(), special.get("eos_token")
     return {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}, shapes, tokenizer
