@@ -42,7 +42,8 @@ def config_json(path: str) -> Path:
 
 def same_but_for_weights(one: str, other: str) -> bool:
     """Whether an engine that was built from one model directory computes with another once it has loaded its weights: names and shapes, configuration and tokenizer are the same."""
-    return one == other or (Path(one).is_dir() and Path(other).is_dir() and _all_but_weights(Path(one)) == _all_but_weights(Path(other)))
+    known = all((Path(path) / name).is_file() for path in (one, other) for name in ("config.json", "tokenizer.json", "tokenizer_config.json"))
+    return one == other or (known and _all_but_weights(Path(one)) == _all_but_weights(Path(other)))
 
 
 def _all_but_weights(directory: Path) -> tuple[Any, ...]:
