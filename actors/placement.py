@@ -52,6 +52,12 @@ def environment(threads: int) -> dict[str, Any]:
     }
 
 
+def _environment_of(role: AnyPlacement) -> dict[str, Any]:
+    """That of a role's processes: one that asked for no GPU sees none, also on a cluster that was started without being told so."""
+    found = environment(role.cpus)
+    return found if role.gpus else {"env_vars": {**found["env_vars"], "CUDA_VISIBLE_DEVICES": ""}}
+
+
 def roles_of(config: PlacementConfig, rewards: Mapping[str, AnyReward], critic: bool = True) -> dict[str, AnyPlacement]:
     """The roles of a PPO job, with or without a critic, that have processes of their own; the others live in theirs."""
     learners = {"policy": config.policy, **({"critic": config.critic} if critic else {})}
@@ -191,7 +197,7 @@ class Cluster:
             num_gpus=role.gpus,
             resources=role.resources,
             scheduling_strategy=PlacementGroupSchedulingStrategy(place.group, placement_group_bundle_index=place.bundle),
-            runtime_env=environment(role.cpus),
+            runtime_env=_environment_of(role),
         )
         return actor.remote(index, role.ranks, "cuda" if role.gpus else "cpu")
 

@@ -33,6 +33,8 @@ ACCELERATOR = "ray.io/accelerator-type"
 GPU_GIB = {"T4": 15, "V100": 32, "L4": 22, "A10G": 22, "A100-40G": 39, "A100": 79, "A100-80G": 79, "L40S": 44, "H100": 79, "H200": 140, "B200": 178}
 """Memory of a GPU by Ray's name for it, in GiB; the larger one where a name has two. Others are not compared."""
 LONGEST_TABLE = 16
+DECIMALS = 4
+"""To which Ray counts resources: 1 - 0.8 has room for 0.2."""
 
 
 class PlacementError(ValueError):
@@ -61,7 +63,7 @@ class Node:
             return False
         if not all(selects(wanted, self.labels.get(key)) for key, wanted in role.labels.items()):
             return False
-        self.free |= {name: self.free[name] - amount for name, amount in needs.items()}
+        self.free |= {name: round(self.free[name] - amount, DECIMALS) for name, amount in needs.items()}
         self.gib -= host
         return True
 

@@ -102,13 +102,18 @@ class VLLMEngine:
         """Replace weights in place; what was cached for the old ones is dropped."""
         for chunk in _chunks(tensors, CHUNK_BYTES):
             self.llm.collective_rpc(ModelPart.load_tensors, args=(chunk,))
-        self.llm.reset_prefix_cache()
+        self._forget()
 
     def load_by(self, loader: Callable[..., T], *args: Any) -> list[T]:
         """Call `loader(part, load, *args)` in every tensor-parallel process; with one GPU or none that is this process."""
         results = self.llm.collective_rpc(ModelPart.load_with, args=(loader, args))
-        self.llm.reset_prefix_cache()
+        self._forget()
         return results
+
+    def _forget(self) -> None:
+        """Drop what was computed with the old weights."""
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM keeps keys and values of the weights before, since it still computes with them")
 
     def probe(self, token_ids: Sequence[int]) -> list[float]:
         """log p(token t | tokens < t) of tokens 1 to the last, at temperature 1."""

@@ -47,6 +47,11 @@ def test_a_rank_needs_everything_on_one_node() -> None:
     assert room(roles, {}, [node(cpus=4), node(cpus=4), node(cpus=4)]) == {"policy": 0}  # as many CPUs, but nowhere six
 
 
+def test_fractions_that_make_a_whole_gpu_fit_on_one() -> None:
+    shares = {"policy": 0.4, "critic": 0.4, "generator": 0.2}
+    assert room({name: RolePlacement(gpus=share) for name, share in shares.items()}, {}, [node(gpus=1)]) == dict.fromkeys(shares, 1)
+
+
 def test_the_largest_ranks_are_placed_first() -> None:
     roles = {"rewards": RolePlacement(ranks=4), "policy": RolePlacement(cpus=8)}
     assert room(roles, {}, [node(cpus=8), node(cpus=4)]) == {"rewards": 4, "policy": 1}
