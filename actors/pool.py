@@ -83,10 +83,11 @@ class Pool(Group[R]):
         super().__init__(cluster, role, build, *args, restarts=restarts)
 
     def start(self) -> None:
-        """Begin to build as many workers as the configuration says."""
+        """Begin to build as many workers as the configuration says; with a part of a GPU only in `ready`, since they measure what others have left of it."""
         self.hosts = []
         self._wishes = [_Wish(self.cluster.place(self.role), time.monotonic(), newcomer=False) for _ in range(self.size)]
-        self.advance()
+        if self.placement.gpus == int(self.placement.gpus):
+            self.advance()
 
     def ready(self) -> None:
         """Wait until everybody who was asked for is there."""

@@ -50,7 +50,7 @@ def run(config: EvaluateConfig) -> None:
                     if generator is not None:
                         generator.close()
                     generator = Generator(cluster, path, config.generator, longest, placement.generator.tensor_parallel, config.seed)
-                    for role in (generator, *rewards.groups):
+                    for role in (*rewards.groups, generator):
                         role.ready()
                 generator.use_checkpoint(number, path)
                 judged[name] = judge(generator, rewards, prompts, config.sampling)
