@@ -36,7 +36,7 @@ class Training:
         self.generator, self.policy, self.critic = generator, policy, critic
         self.roles: list[Group] = [generator, policy, critic, *others]
         generator.obey(Requests(ready.directory), tracker.message)
-        for role in (policy, critic, *others, generator):
+        for role in [*self.roles[1:], self.roles[0]]:  # the generator last, which may share a GPU with the others
             role.ready()
         self._device = policy.device_name()
         self.rates = Rates(self.config.steps, self._peak_flops(self.config.placement.generator.workers))
