@@ -1,7 +1,7 @@
 """The rollout generator as the driver sees it: a pool of workers with an engine each, their weights, and who answers what."""
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from actors.group import RoleLost, Timed, by_reference, get_all, has_died
 from actors.placement import Cluster
 from actors.pool import POLL_SECONDS, Pool, Worker
 from actors.watchdog import Limit
-from actors.weights import TRANSPORTS, Publication
+from actors.weights import TRANSPORTS, Publication, PublicationLost
 from minigpt_ray.config import GeneratorConfig, SamplingConfig
 from minigpt_ray.model_directory import same_but_for_weights
 from minigpt_ray.rl.experience import Prompt, Rollout
@@ -79,6 +79,7 @@ class Generator(Pool[GeneratorWorker]):
 
     def receive(self, publication: Publication) -> None:
         """Every worker that is there loads and proves a publication before it generates again; one that is being built will."""
+        self._see_loads(another_comes=True)
         self._publication, self.version = publication, publication.version
         if self.placement.autoscale and not self._wishes and not self._coming and self.meter.seconds:
             self.resize(self._autoscaler.wanted(self.size, self.meter.queue_depth, self.meter.idle_share))
@@ -90,17 +91,19 @@ class Generator(Pool[GeneratorWorker]):
 
         Those that are late may generate once they are done.
         """
-        self._loading.clear()  # calls of a worker are in order: an older one ends before this one begins
         while True:
-            self._wait_for_one()
-            sent, sending = self._send(self.workers)
-            calls = dict(zip(sent, self.workers, strict=True))
-            in_time, limit = self._in_time(sent)
+            workers = self._wait_for_some()
+            calls: dict[Any, Worker] = {}
             try:
+                sent, sending = self._send(workers)
+                calls = dict(zip(sent, workers, strict=True))
+                in_time, limit = self._in_time(calls)
                 timed = get_all([*in_time, *sending], limit)[: len(in_time)]
                 break
+            except PublicationLost as lost:
+                raise RoleLost("policy") from lost
             except ray.exceptions.RayActorError as death:
-                dead = [worker for call, worker in calls.items() if call in in_time and has_died(call)]
+                dead = [worker for call, worker in calls.items() if has_died(call)]
                 if not dead:
                     raise RoleLost("policy") from death  # the sender
                 for worker in dead:
@@ -114,17 +117,18 @@ class Generator(Pool[GeneratorWorker]):
             self._has_proved(calls[call])
         self._loading.update({call: worker for call, worker in calls.items() if call not in in_time})
 
-    def _in_time(self, calls: Sequence[Any]) -> tuple[list[Any], Limit]:
+    def _in_time(self, calls: Mapping[Any, Worker]) -> tuple[list[Any], Limit]:
         """Those of some calls to load weights that the driver waits for, in their order, and for how long.
 
         These are all, unless workers load by themselves (transport `object_store`): then it waits SLOW times as long as
         the first one took, at least SLOW_SECONDS.
         """
-        limit, begin = self._limit(GeneratorWorker.receive), time.monotonic()
+        begin, workers, of_all = time.monotonic(), list(calls.values()), self._limit(GeneratorWorker.receive)
+        limit = Limit(of_all.seconds, lambda late: of_all.exceeded([self.workers.index(workers[index]) for index in late if index < len(workers)]))
         assert self._publication is not None
         if self._publication.transport != "object_store":
             return list(calls), limit
-        for worker in self.workers:
+        for worker in workers:
             worker.since = begin
         if not ray.wait(list(calls), num_returns=1, timeout=limit.seconds)[0]:
             return list(calls), replace(limit, seconds=0.0)
@@ -141,11 +145,14 @@ class Generator(Pool[GeneratorWorker]):
         calls = [host.call.remote(self.role, GeneratorWorker.receive, (by_reference(mine),)) for host, mine in zip(hosts, publications, strict=True)]
         return calls, sending
 
-    def _wait_for_one(self) -> None:
-        """There is a worker again, where all have died."""
-        while not self.workers:
-            ray.wait(self.on_their_way, num_returns=1, timeout=POLL_SECONDS)
+    def _wait_for_some(self) -> list[Worker]:
+        """Workers that do not load older weights still, once there are some; those that do are seen to while prompts are answered."""
+        while not (found := [worker for worker in self.workers if worker not in self._loading.values()]):
+            ray.wait(self.changing, num_returns=1, timeout=POLL_SECONDS)
             self.advance()
+            self._see_loads(another_comes=True)
+            self.end_hung((), 0.0)
+        return found
 
     @property
     def changing(self) -> list[Any]:
@@ -159,15 +166,24 @@ class Generator(Pool[GeneratorWorker]):
             if worker.version != self.version and worker not in under_way:
                 worker.since = time.monotonic()
                 self._loading[self._load(worker)] = worker
+        self._see_loads()
+
+    def _see_loads(self, another_comes: bool = False) -> None:
+        """Which workers have loaded weights that nobody waited for. `another_comes`: so it does not matter whether these can be had any more."""
         for call in ray.wait(list(self._loading), num_returns=len(self._loading), timeout=0)[0] if self._loading else []:
             worker = self._loading.pop(call)
             try:
-                ray.get(call)
+                received: Received | None = ray.get(call).value
             except ray.exceptions.RayActorError as death:
                 if worker in self.workers:  # else it was sent away meanwhile
                     self.replace(worker, death)
                 continue
-            self._has_proved(worker)
+            except PublicationLost as lost:
+                if not another_comes:
+                    raise RoleLost("policy") from lost
+                continue
+            if received is None or received.version == self.version:
+                self._has_proved(worker)
 
     def _load(self, worker: Worker) -> Any:
         if self._publication is None:
@@ -192,6 +208,8 @@ class Generator(Pool[GeneratorWorker]):
             worker.silent += seconds
         longest, now = self.cluster.config.hang_after_s, time.monotonic()
         hung = [index for index, worker in enumerate(self.workers) if worker.silent > longest]
+        if self._restarts_left == 0 and len(hung) < len(self.able):
+            hung = []  # others answer what it holds, and none can take its place
         late = [index for index, worker in enumerate(self.workers) if worker in self._loading.values() and now - worker.since > longest]
         for index in hung + late:
             self.workers[index].silent, self.workers[index].since = 0.0, now
@@ -302,7 +320,7 @@ class Generation:
                     yield from self._take(call)
                 before, now = now, time.monotonic()
                 generator.meter.passed(now - before, len(generator.able), self.dispatch.queue_depth)
-                generator.end_hung(set(self.calls.values()), now - before)
+                generator.end_hung(set(self.calls.values()), min(now - before, 2 * POLL_SECONDS))  # no longer: this process may have been stopped
         finally:
             self._end()
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from actors.group import Rank
 from actors.stacks import end_family
-from actors.weights import TRANSPORTS, Publication, WeightsError, probe_gap
+from actors.weights import TRANSPORTS, Publication, PublicationLost, WeightsError, probe_gap
 from minigpt_ray.config import GeneratorConfig, SamplingConfig
 from minigpt_ray.models import saved_weights
 from minigpt_ray.tokenizer import load_tokenizer
@@ -144,11 +144,11 @@ class _Open:
 def dying_with_the_engine() -> Iterator[None]:
     """Nobody knows what an engine that failed computes next: its process ends with all that it has started, and counts as one that died.
 
-    A WeightsError is raised: another engine would be given the same bytes.
+    WeightsError and PublicationLost are raised: another engine would be given the same bytes, or none.
     """
     try:
         yield
-    except WeightsError:
+    except (WeightsError, PublicationLost):
         raise
     except Exception:
         logger.exception("the engine of this generator worker failed, so its process ends")
@@ -217,10 +217,10 @@ class GeneratorWorker:
     def load_checkpoint(self, version: int, path: str) -> None:
         """Generate with a checkpoint as `version`: the one that the engine was built from, or one that differs from it in its weights alone."""
         if path != self._path:
-            self.version = -1
+            self.version, tensors = -1, saved_weights(path)
             with dying_with_the_engine():
                 self.drop(list(self._open))
-                self.engine.load(saved_weights(path))
+                self.engine.load(tensors)
             self._path = path
         self.version = version
 

@@ -90,8 +90,18 @@ class RankHost:
         outlast(hang_after_s)
         dist.init_process_group("nccl" if self.rank.device == "cuda" else "gloo")
 
-    def build(self, role: str, build: Callable[..., Any], *args: Any) -> None:
+    def build(self, role: str, build: Callable[..., Any], *args: Any) -> dict[str, Any]:
+        """Build a rank object; where this process is."""
         self.roles[role] = build(self.rank, *args)
+        return {"host": ray.util.get_node_ip_address(), "pid": os.getpid(), "device": self._device_name()}
+
+    def _device_name(self) -> str:
+        """`cpu`, or the name of this process's GPU."""
+        if self.rank.device == "cpu":
+            return "cpu"
+        import torch
+
+        return torch.cuda.get_device_name()
 
     def call(self, role: str, method: Callable[..., Any], args: tuple[Any, ...]) -> Timed:
         """Run a method of a role's rank object; arguments that were put into the object store arrive as values."""
@@ -99,20 +109,6 @@ class RankHost:
         began, start = time.time(), time.perf_counter()
         value = method(self.roles[role], *values)
         return Timed(value, began, time.perf_counter() - start, psutil.Process().memory_info().rss)
-
-
-def whereabouts(_: Any) -> dict[str, Any]:
-    """Where the process of a rank object is."""
-    return {"host": ray.util.get_node_ip_address(), "pid": os.getpid(), "device": device_name(_)}
-
-
-def device_name(_: Any) -> str:
-    """`cpu`, or the name of the GPU of a rank object's process."""
-    if not ray.get_runtime_context().get_accelerator_ids()["GPU"]:
-        return "cpu"
-    import torch
-
-    return torch.cuda.get_device_name()
 
 
 @dataclass(frozen=True)
@@ -216,6 +212,7 @@ class Group(Generic[R]):
         """
         self.cluster, self.role, self._form_group = cluster, role, form_group
         self._build, self._args = build, args
+        self._places: list[dict[str, Any]] = []
         self._restarts_left, self.restarts = restarts, 0
         self.usage = Usage()
         self.marks: list[Mark] = []
@@ -228,7 +225,7 @@ class Group(Generic[R]):
         self._building = [host.build.remote(self.role, self._build, *self._args) for host in self.hosts]
 
     def ready(self) -> None:
-        get_all(self._building, self._limit(RankHost.build, START_SECONDS))
+        self._places = get_all(self._building, self._limit(RankHost.build, START_SECONDS))
 
     def _limit(self, method: Callable[..., Any], at_least: float = 0.0) -> Limit:
         """Of calls to all processes of this role, in their order: those that exceed it are ended. Calls to others may follow, which are let be."""
@@ -261,7 +258,7 @@ class Group(Generic[R]):
                 except ray.exceptions.RayActorError as death:
                     self._revive(death)
                     refs = submit()
-            self.usage.busy_seconds += max(t.seconds for t in timed)
+            self.usage.busy_seconds += max((t.seconds for t in timed), default=0.0)
             self.usage.memory_bytes = sum(t.memory_bytes for t in timed)
             self.usage.span(method.__name__, dict(enumerate(timed)))
             return [t.value for t in timed]
@@ -316,11 +313,11 @@ class Group(Generic[R]):
         return self.restarts
 
     def device_name(self) -> str:
-        return self.first(device_name).result()
+        return str(self.whereabouts()[0]["device"])
 
     def whereabouts(self) -> list[dict[str, Any]]:
-        """Where each rank's process is."""
-        return [{"rank": index, **place} for index, place in enumerate(self.call(whereabouts).result())]
+        """Where each rank's process is, as it said when it was ready."""
+        return [{"rank": index, **place} for index, place in enumerate(self._places)]
 
     def close(self) -> None:
         """End the processes, so that their place is free."""

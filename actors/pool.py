@@ -45,6 +45,8 @@ class Worker:
     leaving: bool = False
     node: str = ""
     """Id of the node on which it runs."""
+    whereabouts: dict[str, Any] = field(default_factory=dict)
+    """As it said when it was built."""
     draining: bool = False
     """Its node has announced its end, and somebody else was started in its stead."""
     memory_bytes: int = 0
@@ -163,6 +165,10 @@ class Pool(Group[R]):
     def name_of(self, index: int) -> str:
         return f"{self.role} worker {self.workers[index].number}"
 
+    def whereabouts(self) -> list[dict[str, Any]]:
+        """Where each worker's process is; its rank is its number."""
+        return [{"rank": worker.number, **worker.whereabouts} for worker in self.workers]
+
     def close(self) -> None:
         """End all processes; their places stay reserved."""
         for worker in [*self.workers, *self._coming.values()]:
@@ -229,7 +235,7 @@ class Pool(Group[R]):
     def _arrive(self, worker: Worker, built: Any) -> None:
         """The worker is built, or could not be: then the job goes on without a newcomer."""
         try:
-            ray.get(built)
+            worker.whereabouts = ray.get(built)
         except ray.exceptions.RayError as error:
             if worker.newcomer:
                 self._end(worker)

@@ -30,7 +30,7 @@ def examine_and_kill(pid: int) -> tuple[str, str]:
         process = psutil.Process(pid)
         state, stacks = process.status(), _stacks(pid)
         family = [process, *process.children(recursive=True)]
-    except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):  # also one that goes on, and ends, while it is asked
+    except psutil.NoSuchProcess:
         return "gone", ""
     for member in family:
         with suppress(psutil.NoSuchProcess):
@@ -39,18 +39,25 @@ def examine_and_kill(pid: int) -> tuple[str, str]:
 
 
 def _stacks(pid: int) -> str:
-    file = next((fd for fd in Path(f"/proc/{pid}/fd").iterdir() if STACKS in os.readlink(fd)), None)
-    if file is None:
-        return "in code that keeps no stacks at hand"
-    os.kill(pid, signal.SIGUSR1)
-    os.kill(pid, signal.SIGCONT)
-    end = time.monotonic() + STACK_SECONDS
     text = before = ""
-    while (not text or text != before) and time.monotonic() < end:  # it is complete once it has stopped to grow
-        time.sleep(0.2)
-        before, text = text, file.read_text(errors="replace")
+    with suppress(OSError):  # it may go on, and end, while it is asked
+        file = next((fd for fd in Path(f"/proc/{pid}/fd").iterdir() if STACKS in _target(fd)), None)
+        if file is None:
+            return "in code that keeps no stacks at hand"
+        os.kill(pid, signal.SIGUSR1)
+        os.kill(pid, signal.SIGCONT)
+        end = time.monotonic() + STACK_SECONDS
+        while (not text or text != before) and time.monotonic() < end:  # it is complete once it has stopped to grow
+            time.sleep(0.2)
+            before, text = text, file.read_text(errors="replace")
     lines = text.splitlines()
     return "\n".join(lines[:LONGEST_REPORT]) or "in a state in which it answers no signal"
+
+
+def _target(link: Path) -> str:
+    with suppress(OSError):  # it was closed meanwhile
+        return os.readlink(link)
+    return ""
 
 
 def end_family() -> NoReturn:

@@ -7,6 +7,7 @@ example). The transports of TRANSPORTS differ in nothing else than how the bucke
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import groupby
@@ -20,6 +21,7 @@ import xxhash
 from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
+from actors.watchdog import START_SECONDS
 from minigpt_ray.config import MEETING_SECONDS
 
 PROBE_LENGTH = 32
@@ -32,6 +34,10 @@ NamedTensors = Iterable[tuple[str, Tensor]]
 
 class WeightsError(RuntimeError):
     """A publication did not arrive as it was sent, or the engine does not compute with it."""
+
+
+class PublicationLost(RuntimeError):
+    """What was published cannot be had any more: who published it, or somebody in the broadcast, is gone. No fault of the engine that was to load it."""
 
 
 @dataclass(frozen=True)
@@ -197,8 +203,11 @@ class Sender:
         return self.host.call.remote(self.role, _on_transport, (method, args))
 
     def ask(self, method: Callable[..., T], *args: Any) -> T:
-        """The result itself, of a method that takes a moment; raises GetTimeoutError, of which the driver starts again, after MEETING_TIMEOUT."""
-        return cast(T, ray.get(self.call(method, *args), timeout=MEETING_TIMEOUT.total_seconds()).value)
+        """The result itself, once the process has time; raises PublicationLost when it is gone, or has none for START_SECONDS."""
+        try:
+            return cast(T, ray.get(self.call(method, *args), timeout=START_SECONDS).value)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            raise PublicationLost("the process that published the weights does not answer") from error
 
     @classmethod
     def here(cls) -> "Sender":
@@ -217,7 +226,10 @@ def publish(version: int, tensors: NamedTensors, bucket_bytes: int, probe: Probe
 
 def fetch(publication: Publication) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a publication in the object store; raises WeightsError when the bytes are not those that were published."""
-    buckets = ray.get(list(publication.buckets))
+    try:
+        buckets = ray.get(list(publication.buckets))
+    except ray.exceptions.ObjectLostError as error:
+        raise PublicationLost("the buckets went with the process that published them") from error
     check_fingerprint(publication, fingerprint(buckets))
     return unpack(publication.manifest, buckets)
 
@@ -307,18 +319,29 @@ class Broadcast:
 
 def load_broadcast(part: int, load: Callable[[NamedTensors], Any], seat: Seat, manifest: Sequence[TensorSpec]) -> str:
     """Receive and load bucket after bucket; the fingerprint of what came."""
-    group = _group(seat.meeting, seat.first_rank + part)
+    with _in_a_group():
+        group = _group(seat.meeting, seat.first_rank + part)
 
     def received() -> Iterator[np.ndarray]:
         for _, group_of_specs in groupby(manifest, lambda spec: spec.bucket):
             specs = list(group_of_specs)
             end = specs[-1].offset + specs[-1].size
             bucket = torch.empty(end + -end % ALIGNMENT, dtype=torch.uint8, device=_device())
-            group.broadcast(bucket, 0).wait()
+            with _in_a_group():
+                group.broadcast(bucket, 0).wait()
             load((spec.name, _view(spec, bucket)) for spec in specs)
             yield bucket.cpu().numpy()
 
     return fingerprint(received())
+
+
+@contextmanager
+def _in_a_group() -> Iterator[None]:
+    """What a collective raises when somebody in it is gone becomes PublicationLost."""
+    try:
+        yield
+    except RuntimeError as error:  # so are torch.distributed's own kinds
+        raise PublicationLost(f"a broadcast of weights failed: {error}") from error
 
 
 _groups: dict[tuple[Meeting, int], Any] = {}

@@ -41,10 +41,10 @@ def run(config: EvaluateConfig) -> None:
     placement = config.placement
     with one_sentence((PlacementError, RewardError)), Cluster(placement, roles_of_evaluation(placement, config.rewards)) as cluster:
         rewards = Rewards(cluster, config.rewards, config.run_dir, next(iter(paths.values())))
+        longest = max(len(prompt.token_ids) for prompts in held_out.values() for prompt in prompts) + config.sampling.max_tokens
         generator: Generator | None = None
         for number, (name, path) in enumerate(paths.items()):
             prompts = held_out[name]
-            longest = max(len(prompt.token_ids) for prompt in prompts) + config.sampling.max_tokens
             with console.status(f"{name}: {len(prompts)} held-out prompts"):
                 if generator is None or not generator.can_use(path):  # else its engine, which takes long to start, loads the next weights
                     if generator is not None:

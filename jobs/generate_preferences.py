@@ -48,7 +48,7 @@ def run(config: GeneratePreferencesConfig) -> None:
         longest = max(len(prompt.token_ids) for prompt in prompts) + config.sampling.max_tokens
         generator = Generator(cluster, path, config.generator, longest, config.placement.generator.tensor_parallel, config.seed)
         rewards = Rewards(cluster, config.rewards, config.run_dir, path)
-        for role in (generator, *rewards.groups):
+        for role in (*rewards.groups, generator):
             role.ready()
         generator.use_checkpoint()
         for answers in judged_answers(generator, rewards, prompts, right, config.sampling, config.prompts_per_batch):

@@ -52,5 +52,6 @@ def _all_but_weights(directory: Path) -> tuple[Any, ...]:
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, "numpy") as tensors:
             shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118  # it is no mapping
-    tokenizer = (directory / "tokenizer.json").read_bytes(), special.get("eos_token")
+    files = [directory / name for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json")]
+    tokenizer = *(file.read_bytes() if file.is_file() else b"" for file in files), special.get("eos_token"), special.get("chat_template")
     return {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}, shapes, tokenizer

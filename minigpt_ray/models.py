@@ -45,11 +45,18 @@ def load_causal(path: str, dtype: str) -> PreTrainedModel:
 
 
 def saved_weights(path: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a model directory, by the names under which they were saved, one after the other."""
-    for file in sorted(Path(path).glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  # it is no mapping
-                yield name, tensors.get_tensor(name)
+    """The tensors of a model directory, by the names under which they were saved, one after the other. Raises FileNotFoundError at once."""
+    files = sorted(Path(path).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{path} holds no weights (*.safetensors) on this machine; every node has to see it")
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for file in files:
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  # it is no mapping
+                    yield name, opened.get_tensor(name)
+
+    return tensors()
 
 
 def load_scalar(path: str, dtype: str, seed: int | None) -> PreTrainedModel:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from actors.generator import GeneratorWorker, Order, Request
 from actors.group import Rank
-from actors.weights import Probe, Publication, WeightsError, fetch, fingerprint, pack, probe_gap, probe_tokens, publish, unpack
+from actors.placement import environment
+from actors.weights import Probe, Publication, PublicationLost, WeightsError, fetch, fingerprint, pack, probe_gap, probe_tokens, publish, unpack
 from minigpt_ray.config import GeneratorConfig, SamplingConfig
 from minigpt_ray.models import TokenLogprobs, load_causal
 
@@ -52,6 +53,21 @@ def test_every_byte_counts_in_the_fingerprint() -> None:
             assert fingerprint(buckets) != before
             bucket[position] ^= 1
     assert fingerprint(buckets) == before
+
+
+@pytest.mark.ray
+def test_a_publication_is_lost_with_the_process_that_made_it(ray_cluster: None) -> None:
+    @ray.remote
+    class Publisher:
+        def publish(self) -> Publication:
+            return publish(1, [("a", torch.ones(1 << 18))], 1 << 20, Probe((1, 2), (0.0,)))
+
+    publisher = Publisher.options(runtime_env=environment(1)).remote()  # type: ignore[attr-defined]
+    publication = ray.get(publisher.publish.remote())
+    assert torch.equal(dict(fetch(publication))["a"], torch.ones(1 << 18))
+    ray.kill(publisher)
+    with pytest.raises(PublicationLost, match="the buckets went with the process that published them"):
+        fetch(publication)
 
 
 def test_probe_tokens_are_fixed_and_of_the_vocabulary() -> None:
