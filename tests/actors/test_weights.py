@@ -1,5 +1,6 @@
 """Weights arrive as they were sent, and an engine that does not compute with them is found out."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -64,10 +65,12 @@ def test_a_publication_is_lost_with_the_process_that_made_it(ray_cluster: None) 
 
     publisher = Publisher.options(runtime_env=environment(1)).remote()  # type: ignore[attr-defined]
     publication = ray.get(publisher.publish.remote())
-    assert torch.equal(dict(fetch(publication))["a"], torch.ones(1 << 18))
     ray.kill(publisher)
+    deadline = time.monotonic() + 60
     with pytest.raises(PublicationLost, match="the buckets went with the process that published them"):
-        fetch(publication)
+        while time.monotonic() < deadline:  # for a while the node has them still
+            fetch(publication)
+            time.sleep(0.5)
 
 
 def test_probe_tokens_are_fixed_and_of_the_vocabulary() -> None:
