@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.group import RankHost, get_all
 from actors.preflight import PlacementError, bundle, preflight
-from actors.watchdog import START_SECONDS, Limit, end_hung
+from actors.watchdog import START_SECONDS, Limit, end_hung, record_of
 from minigpt_ray.config import AnyPlacement, AnyReward, GeneratorPlacement, ModelReward, PlacementConfig, RolePlacement
 from minigpt_ray.flops import cpu_peak_flops, gpu_peak_flops
 
@@ -141,7 +141,7 @@ class Cluster:
 
     def node_of(self, host: Any) -> str:
         """Id of the node on which a process runs."""
-        return str(ray_state.actors(host._actor_id.hex())["Address"]["NodeID"])
+        return str(record_of(host)["Address"]["NodeID"])
 
     def draining_nodes(self) -> set[str]:
         """Ids of the nodes that have announced their end: given up by the autoscaler, about to be taken away, or told so by `ray drain-node`."""

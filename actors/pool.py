@@ -157,13 +157,15 @@ class Pool(Group[R]):
             raise OutOfRestarts(self.role, f"{self.role}.restart_limit") from death
         self._restarts_left -= 1
         self.mark_restart()
-        where = place_of(worker.host)
-        logger.warning("%s worker %d (%s) died; a new one takes its place, and the others its prompts", self.role, worker.number, where)
+        logger.warning("%s (%s) died; a new one takes its place, and the others its prompts", self._name(worker), place_of(worker.host))
         self._remove(worker)
         self._start(worker.place, newcomer=False)
 
     def name_of(self, index: int) -> str:
-        return f"{self.role} worker {self.workers[index].number}"
+        return self._name(self.workers[index])
+
+    def _name(self, worker: Worker) -> str:
+        return f"{self.role} worker {worker.number}"
 
     def whereabouts(self) -> list[dict[str, Any]]:
         """Where each worker's process is; its rank is its number."""
@@ -225,7 +227,7 @@ class Pool(Group[R]):
         for worker in late:
             worker.since = time.monotonic()
         if late:
-            self.cluster.end_hung({f"{self.role} worker {worker.number}": worker.host for worker in late}, RankHost.build.__qualname__, seconds)
+            self.cluster.end_hung({self._name(worker): worker.host for worker in late}, RankHost.build.__qualname__, seconds)
 
     def _start(self, place: Place, newcomer: bool) -> None:
         worker = Worker(self._numbers, place, self.cluster.host(self.role, self._numbers, place), newcomer)

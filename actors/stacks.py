@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -32,9 +33,7 @@ def examine_and_kill(pid: int) -> tuple[str, str]:
         family = [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return "gone", ""
-    for member in family:
-        with suppress(psutil.NoSuchProcess):
-            member.kill()
+    _kill(family)
     return state, stacks
 
 
@@ -60,11 +59,15 @@ def _target(link: Path) -> str:
     return ""
 
 
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
 def end_family() -> NoReturn:
     """End this process, at once, and all that it has started."""
-    for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            child.kill()
+    _kill(psutil.Process().children(recursive=True))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)

@@ -61,20 +61,25 @@ class Whereabouts:
         return cls(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), os.getpid())
 
 
+def record_of(host: Any) -> dict[str, Any]:
+    """What Ray knows of an actor, also of a dead one."""
+    return dict(ray_state.actors(host._actor_id.hex()))
+
+
 def place_of(host: Any) -> str:
     """`process 4711 on 10.0.0.5`: where an actor is, or was; empty before it had a process."""
-    actor = ray_state.actors(host._actor_id.hex())
+    actor = record_of(host)
     return f"process {actor['Pid']} on {actor['Address']['IPAddress']}" if actor["Pid"] else ""
 
 
 def is_dead(host: Any) -> bool:
     """Whether an actor's process has ended, as far as Ray knows."""
-    return bool(ray_state.actors(host._actor_id.hex())["State"] == "DEAD")
+    return bool(record_of(host)["State"] == "DEAD")
 
 
 def end_hung(hosts: Mapping[str, Any], method: str, seconds: float, runtime_env: Mapping[str, Any]) -> None:
     """Say where each of these actors hangs, and kill their processes; names and runtime_env as in `end_hung_processes`."""
-    found = {name: ray_state.actors(host._actor_id.hex()) for name, host in hosts.items()}
+    found = {name: record_of(host) for name, host in hosts.items()}
     for name in [name for name, actor in found.items() if not actor["Pid"]]:
         logger.warning("%s has not begun after %.0f s and counts as dead; see `ray status` for what its node lacks", name, seconds)
         ray.kill(hosts[name])
