@@ -243,9 +243,13 @@ class Group(Generic[R]):
 
     def each(self, method: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> Pending[list[T]]:
         """The method on every rank, each with arguments of its own; results in rank order."""
+        return self._submit(method, lambda: arguments)
+
+    def _submit(self, method: Callable[..., T], arguments: Callable[[], Sequence[tuple[Any, ...]]]) -> Pending[list[T]]:
+        """`arguments`: of those ranks that there are when the call is made, which may be made again."""
 
         def submit() -> list[Any]:
-            return [host.call.remote(self.role, method, tuple(map(by_reference, args))) for host, args in zip(self.hosts, arguments, strict=True)]
+            return [host.call.remote(self.role, method, tuple(map(by_reference, args))) for host, args in zip(self.hosts, arguments(), strict=True)]
 
         refs = submit()
 
@@ -297,7 +301,7 @@ class Group(Generic[R]):
     def call(self, method: Callable[Concatenate[R, P], T], *args: P.args, **kwargs: P.kwargs) -> Pending[list[T]]:
         """The method on every rank, with the same arguments; one result per rank."""
         assert not kwargs, "remote methods take positional arguments"
-        return self.each(method, [args] * len(self.hosts))
+        return self._submit(method, lambda: [args] * len(self.hosts))
 
     def first(self, method: Callable[Concatenate[R, P], T], *args: P.args, **kwargs: P.kwargs) -> Pending[T]:
         """The method on every rank; the result of rank 0."""

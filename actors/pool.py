@@ -93,7 +93,10 @@ class Pool(Group[R]):
 
     def ready(self) -> None:
         """Wait until everybody who was asked for is there."""
-        while self._wishes or self._coming:
+        self._advance_until(lambda: not self.on_their_way)
+
+    def _advance_until(self, enough: Callable[[], bool]) -> None:
+        while not enough():
             ray.wait(self.on_their_way, num_returns=1, timeout=POLL_SECONDS)
             self.advance()
 
@@ -183,7 +186,7 @@ class Pool(Group[R]):
     def _revive(self, death: Exception) -> None:
         for worker in [worker for worker in self.workers if has_died(worker.host.address.remote())]:
             self.replace(worker, death)
-        self.ready()
+        self._advance_until(lambda: all(one.newcomer for one in (*self._wishes, *self._coming.values())))
 
     def _look(self) -> None:
         """See whether another size was asked for, and which nodes end."""

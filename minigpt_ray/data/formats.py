@@ -98,7 +98,7 @@ def _sharegpt(record: Record, separator: str | None) -> list[Conversation]:
         if "value" not in turn:
             raise DataError(f"{what} has no 'value', found {names_of(turn)}; expected text; add it")
         messages.append({"role": _SHAREGPT_ROLES[speaker], "content": turn["value"]})
-    return [(_with_user(_checked(messages, record, "conversations"), record, "conversations"), None)]
+    return [(_with_user(_checked(messages, record, "conversations"), record, "conversations"), _answer(record))]
 
 
 def _prompt(record: Record, separator: str | None) -> list[Conversation]:

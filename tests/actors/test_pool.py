@@ -116,6 +116,19 @@ def test_workers_that_leave_finish_and_give_their_room_back(elastic: Elastic) ->
     assert tokens(generator.generate(PROMPTS, SAMPLING)) == elastic.alone
 
 
+def test_a_call_to_all_that_is_made_again_reaches_who_has_come_meanwhile(elastic: Elastic) -> None:
+    generator = elastic.generator
+    os.kill(elastic.pids[0], signal.SIGKILL)
+    call = generator.call(GeneratorWorker.load_checkpoint, 1, generator._args[0])
+    generator.resize(2)
+    generator.ready()  # the newcomer is there, and nobody has noticed the death
+    assert call.result() == [None, None] and generator.restarts == 1
+    generator.use_checkpoint(1)
+    assert len(generator.able) == 2
+    generator.resize(1)
+    assert tokens(generator.generate(PROMPTS, SAMPLING)) == elastic.alone
+
+
 def no_model(*_: object) -> GeneratorWorker:
     raise ValueError("no memory for a model")
 

@@ -33,7 +33,7 @@ ACCEPTED = [
     ("reasoning-gym entry", ENTRY, (Q,), "chain_sum", ENTRY),
     ("prompt with answer", {"prompt": "q", "answer": {"answer": "4", "match": "number"}}, (Q,), "data", {"answer": "4", "match": "number"}),
     ("prompt with answer", {"prompt": "q", "answer": ENTRY, "source": "x"}, (Q,), "x", ENTRY),
-    ("ShareGPT", {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, (Q, A), "data", None),
+    ("ShareGPT", {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "answer": "a"}, (Q, A), "data", {"answer": "a"}),
     (
         "ShareGPT",
         {"conversations": [{"from": "system", "value": "s"}, {"from": "user", "value": "q"}]},

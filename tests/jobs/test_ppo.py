@@ -87,7 +87,7 @@ LINE = re.compile(
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output directory with runs that have been through prepare_data and SFT, and a user's reward function."""
     directory = tmp_path_factory.mktemp("home")
-    random_start(directory, "whole", "killed", "elastic", "critic_free")
+    random_start(directory, "whole", "killed", "elastic", "critic_free", "out_of_policy", "out_of_reference")
     (directory / "a_users_rewards.py").write_text(LOWER_CASE + REWARD)
     return directory
 
@@ -339,6 +339,21 @@ def test_a_resumed_run_keeps_cursor_counters_and_retention(whole: Finished, inte
     assert (state["step"], state["prompts_drawn"]) == (5, 40)
     samples = [[row for row in read_samples(run.directory / "samples.jsonl") if row["step"] <= 4] for run in (whole, resumed)]
     assert samples[0] == samples[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("role", ["policy", "reference"])
+def test_a_role_that_dies_more_often_than_allowed_ends_the_job_with_a_sentence(home: Path, role: str) -> None:
+    """A learner goes back to a checkpoint each time, a frozen role is only started again; both are counted."""
+    run = f"out_of_{role}"
+    directory = home / run / "ppo"
+    options = ["restart_limit=0", "generator.backend=transformers", "placement.colocate=[[policy, critic], [reference, rewards]]", "steps=500"]
+    with running(home, run, *options) as process:
+        wait_for(process, lambda: any("train/epoch" in row for row in metrics_so_far(directory)))
+        os.kill(json.loads((directory / "processes.json").read_text())["roles"][role][0]["pid"], signal.SIGKILL)
+        output = process.communicate(timeout=100)[0]
+    assert process.returncode == 2 and "Traceback" not in output, output
+    assert f"processes of {role} died more often than restart_limit=0 allows; see their logs for the cause" in output
 
 
 # ------------------------------------------------------------------------------------------ workers that come and go
