@@ -21,6 +21,9 @@ from minigpt_ray.config import EngineConfig, OptimizerConfig
 
 M = TypeVar("M")
 Stats = dict[str, Tensor]
+FINITE = "ranks whose losses are finite"
+MOST_OF_A_BUCKET = 500_000_000
+"""Gradients that are reduced at a time: DeepSpeed's default, which it makes room for however small the model is."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +73,14 @@ class Engine:
         self.config, self.optimizer_config = config, optimizer
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         self.deepspeed = import_deepspeed()
+        self._parameters = sum(p.numel() for p in model.parameters())
         self.engine, *_ = self.deepspeed.initialize(model=model, optimizer=adamw, lr_scheduler=scheduler, config=self._deepspeed_config())
         self._at_hand = True
         if self._offloads_between_phases:
             self._send_away()
 
     def _deepspeed_config(self) -> dict[str, Any]:
-        zero: dict[str, Any] = {"stage": self.config.zero_stage}
+        zero: dict[str, Any] = {"stage": self.config.zero_stage, "reduce_bucket_size": min(MOST_OF_A_BUCKET, self._parameters)}
         if self.config.offload_optimizer and not self._offloads_between_phases:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         return {
@@ -148,10 +152,10 @@ class Engine:
             finite = finite * torch.isfinite(value.detach()).float()
             stats = {name: stats.get(name, torch.zeros((), device=self.device)) + part.detach() for name, part in parts.items()}
             if last:
-                dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-                summed = all_reduce_sum(stats)
-                stopped = bool(finite) and stop(summed)
-                value = value if bool(finite) and not stopped else value * math.nan
+                summed = all_reduce_sum({**stats, FINITE: finite})
+                everywhere = summed.pop(FINITE) == world
+                stopped = everywhere and stop(summed)
+                value = value if everywhere and not stopped else value * math.nan
             self.engine.backward(value * world)
         lr = float(self.engine.get_lr()[0])
         grad_norm, applied = self._step()

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from ray._private import ray_constants
 from ray._private import state as ray_state
+from ray._private.node import Node
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -239,7 +240,10 @@ def connect(address: str | None, cpus: int) -> bool:
         ray.init(address=address or "auto", logging_level=logging.ERROR, log_to_driver=True)
         return False
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # a local one that is gone never comes back
+    os.environ.setdefault("RAY_task_events_report_interval_ms", "0")  # what every process did, each second, for a dashboard that is not there
     ray_constants.ENABLE_RAY_CLUSTER = False  # Ray's switch for computers with a firewall: its processes then listen on the loopback address alone
+    for needless in ("start_monitor", "start_api_server"):  # the autoscaler and the dashboard's server: two processes and their start
+        setattr(Node, needless, lambda *_, **__: None)
     start = partial(ray.init, address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, logging_level=logging.ERROR)
     try:
         start()

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -29,7 +29,6 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from transformers import PreTrainedModel
 
 from actors.dataset import Sources, prepare_windows
 from actors.engine import Engine, all_reduce_sum
@@ -55,6 +54,9 @@ from minigpt_ray.patience import Patience
 from minigpt_ray.stages import STAGES, Batch, Stage
 from minigpt_ray.tokenizer import load_tokenizer
 from minigpt_ray.tracking import Rates, Timer, Tracker
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 RESTARTS = 2
 """How often dead workers are replaced, all of them together, before the run stops; they go on from the newest checkpoint."""
@@ -283,7 +285,7 @@ class SupervisedRank:
         self.shape = ready.shape
         self.rates = Rates(self.num_steps, self._peak_flops())
 
-    def _model(self) -> PreTrainedModel:
+    def _model(self) -> "PreTrainedModel":
         ready, config = self.ready, self.config
         if ready.model is None:
             return build_causal(config.model.preset, self.tokenizer, config.seed)

@@ -1,7 +1,7 @@
 #!/bin/bash
 # PPO on an allocation of SLURM: a Ray cluster over its nodes for as long as the job runs. From a checkout that all nodes see:
 #
-#   sbatch --nodes=4 --gpus-per-node=8 deploy/slurm.sh configs/ppo.yaml run=gsm
+#   sbatch --nodes=1 --gpus-per-node=8 deploy/slurm.sh configs/ppo.yaml run=gsm
 #
 # Five minutes before its time is over, or when it is cancelled with `scancel --signal=TERM --batch`, the job commits its last whole
 # step and ends with 0. The same command, or `scontrol requeue`, goes on where checkpoint.resume=auto says.

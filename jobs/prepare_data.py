@@ -7,7 +7,7 @@
 The first writes <run>/prepare_data: demonstrations.jsonl, prompts.jsonl and held_out.jsonl, which share no question, a
 tokenizer, and manifest.json, complete or not at all. The second, a file with `sources`, writes what it has sources for:
 documents.jsonl, demonstrations.jsonl, preferences.jsonl, prompts.jsonl, and what is held out of each. The third ends with
-code 0 when the file can be used, else 1.
+code 0 when the file can be used, else 1. What is refused otherwise ends with code 2, as in every job.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
             prepare_mix(load_config(MixConfig, rest))
     except DataError as error:
         print(error, file=sys.stderr)
-        return 1
+        return 1 if arguments.check is not None else 2
     return 0
 
 

@@ -3,7 +3,7 @@
     python -m jobs.status outputs/debug
     python -m jobs.status outputs/debug --once
 
-Step, phase, and for PPO every process of every role: host, device, memory, speed, idle share, restarts. Reads files of
+Step, phase, and for PPO every process with its host and device, every role with its memory, speed, idle share and restarts. Reads files of
 the run's directory only, so it works on any machine that sees it, and says when a job that is not finished is silent.
 """
 

@@ -19,6 +19,7 @@ from minigpt_ray.config import (
     EvaluateConfig,
     GeneratePreferencesConfig,
     GeneratorConfig,
+    GeneratorPlacement,
     LearnerConfig,
     ModelReward,
     PPOConfig,
@@ -46,10 +47,16 @@ class RoleMemory:
     parameters: int | None
     """Of the whole model; None where it is unknown or the role has none."""
     parts: dict[str, float]
-    """GiB of one rank, on its GPU if it has one."""
+    """GiB of one rank, on its GPU if it has one, on each of its GPUs if it is split over several."""
     note: str = ""
     own_processes: bool = True
     """False where the role lives in those of another one, which has the CPUs and GPUs."""
+
+    @property
+    def devices(self) -> int:
+        """How many hold `parts`: the GPUs of a rank that is split over several count each."""
+        split = self.placement.tensor_parallel if isinstance(self.placement, GeneratorPlacement) else 1
+        return self.placement.ranks * split
 
     @property
     def gib(self) -> float | None:
@@ -231,7 +238,7 @@ def placement_table(roles: list[RoleMemory]) -> Table:
     """Roles, their processes and what one rank of each needs."""
     table = Table(title="Placement", title_justify="left", show_footer=True)
     total = [role.placement for role in roles if role.own_processes]
-    known = [role.gib * role.placement.ranks for role in roles if role.gib is not None]
+    known = [role.gib * role.devices for role in roles if role.gib is not None]
     table.add_column("role", footer="all")
     for name, footer in (
         ("ranks", f"{sum(p.ranks for p in total)}"),

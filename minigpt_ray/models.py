@@ -1,22 +1,26 @@
 """Models: build or load a causal language model or a scalar head on the same trunk, and what both say about tokens.
 
 Stock Hugging Face architectures, so that vLLM and `AutoModelForCausalLM.from_pretrained` load an export as it is.
+
+transformers is imported where a model is made, loaded or saved: drivers, which do none of it, are spared seconds and 100 MiB.
 """
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, logging
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.models.auto.configuration_auto import AutoConfig
 
 from minigpt_ray.losses import align, token_values
 from minigpt_ray.presets import PRESETS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+else:
+    PreTrainedModel = PreTrainedTokenizerBase = Any
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SAFE: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
@@ -25,6 +29,9 @@ SAFE: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
 
 def build_causal(preset: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """Random weights of a preset, float32, its vocabulary that of the tokenizer."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import AutoConfig
+
     if preset not in PRESETS:
         raise ValueError(f"model.preset={preset!r} is unknown; choose one of {', '.join(PRESETS)}")
     fields = PRESETS[preset].to_hf()
@@ -41,6 +48,8 @@ def build_causal(preset: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
 
 def load_causal(path: str, dtype: str) -> PreTrainedModel:
     """A causal language model from a directory or hub id."""
+    from transformers import AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], **SAFE)
 
 
@@ -65,6 +74,8 @@ def load_scalar(path: str, dtype: str, seed: int | None) -> PreTrainedModel:
     Drawn by `seed` from N(0, 1 / (hidden + 1)) (arXiv:2009.01325), or, without a seed, zero: a critic then begins by
     expecting nothing, where a random head would add noise of about 1 to every value.
     """
+    from transformers import AutoModelForSequenceClassification, logging
+
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # from_pretrained would report the fresh head as a problem
     model, report = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=DTYPES[dtype], output_loading_info=True, **SAFE)
@@ -86,6 +97,8 @@ def as_saved(model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]]) -> I
 
     transformers keeps the experts of a layer in one tensor; each is written by itself.
     """
+    from transformers.core_model_loading import revert_weight_conversion
+
     for name, tensor in weights:
         yield from revert_weight_conversion(model, {name: tensor}).items()
 
@@ -137,6 +150,8 @@ class TokenValues(nn.Module):
 
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, weights: dict[str, Tensor] | None = None) -> None:
     """A plain Hugging Face directory: safetensors, config, tokenizer with its chat template; `weights` where they are sharded."""
+    from transformers import logging
+
     directory.mkdir(parents=True, exist_ok=True)
     logging.disable_progress_bar()
     model.save_pretrained(directory, state_dict=weights)

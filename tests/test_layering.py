@@ -1,6 +1,8 @@
 """Who may import whom: jobs -> actors -> minigpt_ray, and heavy libraries only where they are used."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +61,14 @@ def test_every_signature_is_annotated(path):
 
 def test_the_ppo_driver_fits_a_page():
     assert len((ROOT / "jobs/ppo.py").read_text(encoding="utf-8").splitlines()) <= 170
+
+
+def test_a_driver_starts_without_what_only_models_need():
+    """Seconds and 100 MiB in every job."""
+    parts = "collection, evaluation, policy, critic, reference, rewards, supervised, training"
+    code = f"import sys; from actors import {parts}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    assert "torch" in loaded and not {"accelerate", "deepspeed", "transformers", "vllm"} & set(loaded)
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.parent.name == "jobs"], ids=[n for n in NAMES if n.startswith("jobs/")])

@@ -40,8 +40,7 @@ def _process_group() -> Iterator[dict[str, str]]:
         port = int(probe.getsockname()[1])
     RankHost(0, 1, device="cpu").join("127.0.0.1", port, hang_after_s=60)
     formed = {name: value for name, value in os.environ.items() if before.get(name) != value}
-    os.environ.clear()
-    os.environ.update(before)
+    _undo(formed, before)
     yield formed
     dist.destroy_process_group()
 
@@ -52,5 +51,11 @@ def alone(_process_group: dict[str, str]) -> Iterator[None]:
     before = dict(os.environ)
     os.environ.update(_process_group)
     yield
-    os.environ.clear()
-    os.environ.update(before)
+    _undo(_process_group, before)
+
+
+def _undo(formed: dict[str, str], before: dict[str, str]) -> None:
+    """Variables of a process group are as they were before; others, which Ray may have set meanwhile, stay."""
+    for name in formed:
+        del os.environ[name]
+    os.environ.update({name: before[name] for name in formed if name in before})

@@ -35,8 +35,8 @@ def test_what_is_complete_is_skipped_until_its_configuration_changes(tmp_path: P
     assert "prepare_data │ ran" in first.stdout and "30 demonstrations, 40 prompts, 10 held_out" in first.stdout
     assert "prepare_data │ complete before" in second.stdout and "(1 of 1)" not in second.stdout
     third = pipeline(tmp_path, "only=[prepare_data]", "stages.prepare_data.overrides=[demonstrations=31,prompts=40,held_out=10]")
-    assert third.returncode == 1
-    assert "demonstrations: 30 then, 31 now" in third.stderr and third.stderr.endswith("prepare_data ended with code 1; the same command goes on from here\n")
+    assert third.returncode == 2
+    assert "demonstrations: 30 then, 31 now" in third.stderr and third.stderr.endswith("prepare_data ended with code 2; the same command goes on from here\n")
 
 
 def test_the_first_stage_that_fails_ends_it_with_its_own_sentence_and_code(tmp_path: Path) -> None:

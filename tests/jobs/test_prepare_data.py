@@ -61,7 +61,7 @@ def test_the_same_config_gives_the_same_bytes_and_is_done_once(prepared: Path, t
 
 def test_another_config_does_not_overwrite_and_is_told_what_differs(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = contents(prepared)
-    assert main([f"output_dir={tmp_path}", *SMALL, "prompts=21"]) == 1
+    assert main([f"output_dir={tmp_path}", *SMALL, "prompts=21"]) == 2
     assert "was made by another config (prompts: 20 then, 21 now); choose another run=" in capsys.readouterr().err
     assert contents(prepared) == before
 
@@ -75,12 +75,12 @@ def test_damaged_data_is_not_reused(prepared: Path, tmp_path: Path, capsys: pyte
         file.write_text(file.read_text() + "\n")
     else:
         file.unlink()
-    assert main([f"output_dir={tmp_path}", *SMALL]) == 1
+    assert main([f"output_dir={tmp_path}", *SMALL]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_a_task_without_reference_answers_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([f"output_dir={tmp_path}", "demonstrations=1", "prompts=1", "held_out=1", "tasks={graph_color: {}}"]) == 1
+    assert main([f"output_dir={tmp_path}", "demonstrations=1", "prompts=1", "held_out=1", "tasks={graph_color: {}}"]) == 2
     assert "tasks.graph_color: the task gives no reference answer" in capsys.readouterr().err
     assert not (tmp_path / "debug" / "prepare_data").exists()
 

@@ -93,10 +93,10 @@ def test_what_is_written_is_read_by_the_stages_and_written_the_same_again(mix: l
 def test_other_inputs_and_another_config_are_told_apart(mix: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mix = [mix[0], *mix[2:]]
     assert main(mix) == 0
-    assert main([*mix, "held_out=0.1"]) == 1
+    assert main([*mix, "held_out=0.1"]) == 2
     assert "was made by another config (held_out: 0.02 then, 0.1 now); choose another run=" in capsys.readouterr().err
     (tmp_path / "plays.txt").write_text("something else")
-    assert main(mix) == 1
+    assert main(mix) == 2
     assert f"{tmp_path / 'plays.txt'} is not what it was when" in capsys.readouterr().err
 
 
@@ -104,7 +104,7 @@ def test_a_run_that_fails_leaves_nothing_that_looks_whole_and_the_next_one_works
     mix = [mix[1], *mix[2:]]
     good = (tmp_path / "pairs.jsonl").read_text()
     lines(tmp_path / "pairs.jsonl", good.rstrip(), '{"prompt": "q", "chosen": "a"}')
-    assert main(mix) == 1
+    assert main(mix) == 2
     assert "pairs.jsonl:41: field 'rejected' is missing, found 'prompt', 'chosen'; expected the format 'prompt, chosen and rejected'" in capsys.readouterr().err
     assert not list((tmp_path / "mix").iterdir())
     killed = tmp_path / "mix" / ".prepare_data.unfinished" / "spool"
@@ -116,7 +116,7 @@ def test_a_run_that_fails_leaves_nothing_that_looks_whole_and_the_next_one_works
 
 def test_a_missing_file_is_refused_before_anything_is_read(mix: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "pairs.jsonl").unlink()
-    assert main(mix) == 1
+    assert main(mix) == 2
     assert "preferences.sources.own.files:" in capsys.readouterr().err
     assert not (tmp_path / "mix").exists()
 
