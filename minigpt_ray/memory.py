@@ -33,7 +33,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 PROCESS_GIB = {"generator": 0.65, "policy": 0.5, "critic": 0.5, "rewards": 0.2}
 """What a process holds with its libraries loaded and no model, in GiB."""
-OTHER_PROCESS_GIB = 0.43
+OTHER_PROCESS_GIB = 0.36
 GPU_CONTEXT_GIB = 0.6
 """CUDA context and communication buffers of one process on a GPU."""
 

@@ -7,6 +7,7 @@ policy is never asked for an answer in another context than the one it was train
 transformers, and with it torch, is imported where a tokenizer is made or loaded: what is refused before that is refused at once.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -82,12 +83,22 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """A tokenizer from a directory (Path) or, as text, also from the hub. Raises ValueError when it has no end token."""
     if isinstance(path, Path) and not path.is_dir():
         raise ValueError(f"no tokenizer at {path}; python -m jobs.prepare_data trains one")
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    tokenizer = _loader(Path(path)).from_pretrained(str(path), trust_remote_code=False)
     if tokenizer.eos_token is None:
         raise ValueError(f"the tokenizer {path} has no eos_token, so a response could never end; set eos_token in its tokenizer_config.json")
     return tokenizer
+
+
+def _loader(directory: Path) -> Any:
+    """What loads a tokenizer: for one without a class of its own, as `train_tokenizer` makes, what is imported in seconds less and with 100 MiB less."""
+    config = directory / "tokenizer_config.json"
+    if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Int32[np.ndarray, "tokens"]:

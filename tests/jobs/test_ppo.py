@@ -175,10 +175,9 @@ def test_counters_and_rates_fit_together(whole: Finished) -> None:
 
 @pytest.mark.slow
 def test_processes_hold_what_was_estimated_before_they_started(whole: Finished) -> None:
-    """Within 15 % where this was written; libraries of other builds may be somewhat larger."""
     estimated = per_process(PPOConfig.model_validate(yaml.safe_load((whole.directory / "config.yaml").read_text())))
     held = {role: whole.rows[-1][f"memory/{role}_gib"] for role in ("generator", "policy", "critic", "reference", "rewards")}
-    assert held == pytest.approx(estimated, rel=0.25)
+    assert held == pytest.approx(estimated, rel=0.15)
 
 
 @pytest.mark.slow
