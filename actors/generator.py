@@ -226,7 +226,7 @@ class Generator(Pool[GeneratorWorker]):
         self._publication, self._checkpoint, self.version = None, path or self._built_from, version
         self.call(GeneratorWorker.load_checkpoint, version, self._checkpoint).result()
         for worker in self.workers:
-            worker.version = version
+            self._has_proved(worker)
 
     @property
     def able(self) -> list[Worker]:

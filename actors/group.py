@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 GRACE_SECONDS = 5.0
 """How long, after a rank failed, another one's death may take to show: a collective breaks before Ray reports the process that broke it."""
 
+PULSE = "pulse"
+"""The concurrency group of RankHost.pulse."""
+
 A = TypeVar("A")
 B = TypeVar("B")
 C = TypeVar("C")
@@ -102,6 +105,9 @@ class RankHost:
         import torch
 
         return torch.cuda.get_device_name()
+
+    def pulse(self) -> None:
+        """Returns at once, also while a call computes, if this process lives."""
 
     def call(self, role: str, method: Callable[..., Any], args: tuple[Any, ...]) -> Timed:
         """Run a method of a role's rank object; arguments that were put into the object store arrive as values."""
@@ -229,13 +235,22 @@ class Group(Generic[R]):
 
     def _limit(self, method: Callable[..., Any], at_least: float = 0.0) -> Limit:
         """Of calls to all processes of this role, in their order: those that exceed it are ended. Calls to others may follow, which are let be."""
-        seconds = max(self.cluster.patience(self.role), at_least)
+        begin, seconds = time.monotonic(), max(self.cluster.patience(self.role), at_least)
 
         def exceeded(indices: Sequence[int]) -> None:
             mine = [index for index in indices if index < len(self.hosts)]
-            self.cluster.end_hung({self.name_of(index): self.hosts[index] for index in mine}, method.__qualname__, seconds)
+            self.cluster.end_hung({self.name_of(index): self.hosts[index] for index in mine}, method.__qualname__, time.monotonic() - begin)
 
-        return Limit(seconds, exceeded)
+        look_after = self.cluster.config.hang_after_s
+        if at_least or seconds <= look_after or not self.cluster.with_pulse(self.role):
+            return Limit(seconds, exceeded)
+        return Limit(seconds, exceeded, look_after, self._silent)
+
+    def _silent(self, indices: Sequence[int]) -> list[int]:
+        """Which of these processes give no sign of life, in as long as a call may take that was granted no more."""
+        pulses = {index: self.hosts[index].pulse.options(concurrency_group=PULSE).remote() for index in indices}
+        given, _ = ray.wait(list(pulses.values()), num_returns=len(pulses), timeout=self.cluster.config.hang_after_s)
+        return [index for index, pulse in pulses.items() if pulse not in given]
 
     def name_of(self, index: int) -> str:
         """What a process of the role is called in a message."""
@@ -349,12 +364,20 @@ def get_all(refs: Sequence[Any], limit: Limit | None = None) -> list[Any]:
     """
     waiting = list(refs)
     end = math.inf if limit is None else time.monotonic() + limit.seconds
+    look = math.inf if limit is None else time.monotonic() + limit.look_after
     while waiting:
-        done, waiting = ray.wait(waiting, num_returns=1, timeout=None if end == math.inf else max(0.0, end - time.monotonic()))
+        until = min(end, look)
+        done, waiting = ray.wait(waiting, num_returns=1, timeout=None if until == math.inf else max(0.0, until - time.monotonic()))
         if not done:
             assert limit is not None
-            limit.exceeded([index for index, ref in enumerate(refs) if ref in waiting])
-            end = math.inf
+            late = [index for index, ref in enumerate(refs) if ref in waiting]
+            if end <= look:
+                end = look = math.inf
+            else:
+                late = limit.silent(late)
+                look = time.monotonic() + limit.look_after
+            if late:
+                limit.exceeded(late)
             continue
         try:
             ray.get(done)

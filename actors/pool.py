@@ -186,7 +186,7 @@ class Pool(Group[R]):
     def _revive(self, death: Exception) -> None:
         for worker in [worker for worker in self.workers if has_died(worker.host.address.remote())]:
             self.replace(worker, death)
-        self._advance_until(lambda: all(wish.newcomer for wish in self._wishes) and all(worker.newcomer for worker in self._coming.values()))
+        self._advance_until(lambda: bool(self.hosts) and all(worker.newcomer for worker in self._coming.values()))
 
     def _look(self) -> None:
         """See whether another size was asked for, and which nodes end."""

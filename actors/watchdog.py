@@ -6,6 +6,7 @@ moment. Then it is killed, with all that it has started.
 """
 
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,10 @@ class Limit:
 
     seconds: float
     exceeded: Callable[[Sequence[int]], None]
+    look_after: float = math.inf
+    """Where calls may take long: after so many seconds, and again and again, it is seen which of their processes are"""
+    silent: Callable[[Sequence[int]], list[int]] = list
+    """without a sign of life. These have exceeded it too."""
 
 
 @dataclass(frozen=True)

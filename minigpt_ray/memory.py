@@ -60,7 +60,7 @@ class RoleMemory:
 
     @property
     def gib(self) -> float | None:
-        """GiB of one rank together, None where the model is unknown."""
+        """GiB of one rank, or of one of its GPUs, together; None where the model is unknown."""
         return sum(self.parts.values()) if self.parts else None
 
 

@@ -57,5 +57,5 @@ def alone(_process_group: dict[str, str]) -> Iterator[None]:
 def _undo(formed: dict[str, str], before: dict[str, str]) -> None:
     """Variables of a process group are as they were before; others, which Ray may have set meanwhile, stay."""
     for name in formed:
-        del os.environ[name]
+        os.environ.pop(name, None)
     os.environ.update({name: before[name] for name in formed if name in before})

@@ -124,7 +124,7 @@ def test_a_call_to_all_that_is_made_again_reaches_who_has_come_meanwhile(elastic
     generator.ready()  # the newcomer is there, and nobody has noticed the death
     assert call.result() == [None, None] and generator.restarts == 1
     generator.use_checkpoint(1)
-    assert len(generator.able) == 2
+    assert len(generator.able) == 2 and elastic.said[-1].endswith("has joined, with weights version 1; 2 of 2 are there")
     generator.resize(1)
     assert tokens(generator.generate(PROMPTS, SAMPLING)) == elastic.alone
 
