@@ -198,8 +198,9 @@ class Cluster:
         """Start process `index` of a role in its place."""
         check_own_node()
         role = self.roles[name]
-        actor: Any = ray.remote(concurrency_groups={PULSE: 1})(RankHost) if self.with_pulse(name) else ray.remote(RankHost)
-        actor = actor.options(
+        remote: Any = ray.remote
+        kind = remote(concurrency_groups={PULSE: 1})(RankHost) if self.with_pulse(name) else remote(RankHost)
+        actor = kind.options(
             num_cpus=role.cpus,
             num_gpus=role.gpus,
             resources=role.resources,

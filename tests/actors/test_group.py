@@ -46,6 +46,10 @@ class Adder:
         time.sleep(0.5)
         return os.getpid()
 
+    def naps(self) -> int:
+        time.sleep(3)
+        return os.getpid()
+
     def hangs_once(self, memory: Path) -> int:
         """On rank 1, unless it has done so before."""
         if self.rank.index == 1 and not memory.exists():
@@ -158,6 +162,22 @@ def test_a_call_that_hangs_is_said_with_its_stack_and_its_process_counts_as_dead
             and ", stopped) has been in Adder.hangs_once for 4 s" in message
             and "in hangs_once" in message
         )
+
+
+@pytest.mark.ray
+def test_a_call_that_may_take_long_is_ended_only_if_its_process_gives_no_sign_of_life(ray_cluster: None, caplog: pytest.LogCaptureFixture) -> None:
+    """Slow is not dead: the calls of the rewards, all attempts of all sources, may take longer than others."""
+    with Cluster(PlacementConfig(hang_after_s=1), {"rewards": RolePlacement()}) as cluster:
+        group = Group(cluster, "rewards", Adder, 10, restarts=1)
+        group.ready()
+        cluster.grant("rewards", 600)
+        (pid,) = group.call(Adder.naps).result()
+        assert group.restarts == 0
+        pending = group.call(Adder.naps)
+        os.kill(pid, signal.SIGSTOP)
+        assert pending.result() != [pid] and group.restarts == 1
+        (message,) = [record.getMessage() for record in caplog.records if record.name == "actors.watchdog"]
+        assert message.startswith(f"rewards rank 0 of 1 (process {pid} on ") and ", stopped) has been in Adder.naps for 2 s and counts as dead" in message
 
 
 @pytest.mark.ray
