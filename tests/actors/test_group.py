@@ -47,7 +47,7 @@ class Adder:
         return os.getpid()
 
     def naps(self) -> int:
-        time.sleep(3)
+        time.sleep(5)
         return os.getpid()
 
     def hangs_once(self, memory: Path) -> int:
@@ -167,7 +167,7 @@ def test_a_call_that_hangs_is_said_with_its_stack_and_its_process_counts_as_dead
 @pytest.mark.ray
 def test_a_call_that_may_take_long_is_ended_only_if_its_process_gives_no_sign_of_life(ray_cluster: None, caplog: pytest.LogCaptureFixture) -> None:
     """Slow is not dead: the calls of the rewards, all attempts of all sources, may take longer than others."""
-    with Cluster(PlacementConfig(hang_after_s=1), {"rewards": RolePlacement()}) as cluster:
+    with Cluster(PlacementConfig(hang_after_s=2), {"rewards": RolePlacement()}) as cluster:
         group = Group(cluster, "rewards", Adder, 10, restarts=1)
         group.ready()
         cluster.grant("rewards", 600)
@@ -177,7 +177,7 @@ def test_a_call_that_may_take_long_is_ended_only_if_its_process_gives_no_sign_of
         os.kill(pid, signal.SIGSTOP)
         assert pending.result() != [pid] and group.restarts == 1
         (message,) = [record.getMessage() for record in caplog.records if record.name == "actors.watchdog"]
-        assert message.startswith(f"rewards rank 0 of 1 (process {pid} on ") and ", stopped) has been in Adder.naps for 2 s and counts as dead" in message
+        assert re.match(rf"rewards rank 0 of 1 \(process {pid} on [\d.]+, stopped\) has been in Adder.naps for \d s and counts as dead", message)
 
 
 @pytest.mark.ray
