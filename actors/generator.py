@@ -215,7 +215,7 @@ class Generator(Pool[GeneratorWorker]):
             self.workers[index].silent, self.workers[index].since = 0.0, now
         for method, indices in ((GeneratorWorker.work, hung), (GeneratorWorker.receive, late)):
             if indices:
-                self._limit(method).exceeded(indices)
+                self._end_hung(method, indices, longest)
 
     def can_use(self, path: str) -> bool:
         """Whether the engines can load the checkpoint at `path` in place of the one that they were built from."""

@@ -238,13 +238,16 @@ class Group(Generic[R]):
         begin, seconds = time.monotonic(), max(self.cluster.patience(self.role), at_least)
 
         def exceeded(indices: Sequence[int]) -> None:
-            mine = [index for index in indices if index < len(self.hosts)]
-            self.cluster.end_hung({self.name_of(index): self.hosts[index] for index in mine}, method.__qualname__, time.monotonic() - begin)
+            self._end_hung(method, [index for index in indices if index < len(self.hosts)], time.monotonic() - begin)
 
         look_after = self.cluster.config.hang_after_s
         if at_least or seconds <= look_after or not self.cluster.with_pulse(self.role):
             return Limit(seconds, exceeded)
         return Limit(seconds, exceeded, look_after, self._silent)
+
+    def _end_hung(self, method: Callable[..., Any], indices: Sequence[int], seconds: float) -> None:
+        """Say where these processes hang in a method, for so many seconds, and kill them."""
+        self.cluster.end_hung({self.name_of(index): self.hosts[index] for index in indices}, method.__qualname__, seconds)
 
     def _silent(self, indices: Sequence[int]) -> list[int]:
         """Which of these processes give no sign of life, in as long as a call may take that was granted no more."""
