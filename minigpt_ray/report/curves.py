@@ -25,8 +25,8 @@ def series(rows: Rows, metric: str, over: str = "") -> tuple[np.ndarray, np.ndar
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred moving average; at the ends over as much of the window as there is."""
-    kernel = np.ones(window)
+    """Centred moving average, as long as `values`; at the ends over as much of the window as there is."""
+    kernel = np.ones(min(window, (len(values) - 1) | 1))
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 
 

@@ -101,6 +101,13 @@ def test_training_samples_are_spread_from_the_first_to_the_last():
     assert spread([sample(0)], 11) == [sample(0)]
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_what_is_shorter_than_the_window_is_smoothed_too(size):
+    """A run of two steps has a report."""
+    smoothed = smooth(np.arange(size), 5)
+    assert len(smoothed) == size and smoothed.mean() == pytest.approx((size - 1) / 2)
+
+
 def test_smoothing_keeps_a_constant_and_series_leaves_out_what_is_not_finite():
     assert smooth(np.full(7, 3.0), 3) == pytest.approx(np.full(7, 3.0))
     assert smooth(np.array([0.0, 3.0, 6.0]), 3) == pytest.approx([1.5, 3.0, 4.5])
