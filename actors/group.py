@@ -363,7 +363,7 @@ class Group(Generic[R]):
 def get_all(refs: Sequence[Any], limit: Limit | None = None) -> list[Any]:
     """Results in order. Raises as soon as one call fails: RayActorError when a process died, even if another rank was the first to notice.
 
-    limit: of the seconds from now; calls that exceed it end as if their processes had died, since then they have.
+    limit: of the seconds from now, and of silence; calls that exceed it end as if their processes had died, since then they have.
     """
     waiting = list(refs)
     end = math.inf if limit is None else time.monotonic() + limit.seconds

@@ -46,9 +46,9 @@ class Limit:
     seconds: float
     exceeded: Callable[[Sequence[int]], None]
     look_after: float = math.inf
-    """Where calls may take long: after so many seconds, and again and again, it is seen which of their processes are"""
+    """Seconds after which, and after as many again, `silent` is asked; where calls may take long, that is before `seconds` are over."""
     silent: Callable[[Sequence[int]], list[int]] = list
-    """without a sign of life. These have exceeded it too."""
+    """Which of the calls that have not ended are in processes without a sign of life; these have exceeded the limit too."""
 
 
 @dataclass(frozen=True)

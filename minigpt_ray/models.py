@@ -29,11 +29,11 @@ SAFE: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
 
 def build_causal(preset: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """Random weights of a preset, float32, its vocabulary that of the tokenizer."""
+    if preset not in PRESETS:
+        raise ValueError(f"model.preset={preset!r} is unknown; choose one of {', '.join(PRESETS)}")
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import AutoConfig
 
-    if preset not in PRESETS:
-        raise ValueError(f"model.preset={preset!r} is unknown; choose one of {', '.join(PRESETS)}")
     fields = PRESETS[preset].to_hf()
     config = AutoConfig.for_model(fields.pop("model_type"), **{
         **fields,

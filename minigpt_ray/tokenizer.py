@@ -23,6 +23,11 @@ else:
 
 PAD, START, END, DOCUMENT_END = SPECIAL_TOKENS = ("<|pad|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
 
+PLAIN = ("TokenizersBackend", "PreTrainedTokenizerFast")
+"""Names of the class that does what tokenizer.json says and no more, as `train_tokenizer` makes it."""
+PLAIN_FOR = (None, "qwen3", "qwen3_moe", "llama")
+"""Types of models, none beside a tokenizer alone, for which AutoTokenizer takes that class at its word."""
+
 CHAT_TEMPLATE = """\
 {% for message in messages %}
 {{- '<|im_start|>' + message['role'] + '\\n' -}}
@@ -87,12 +92,6 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token is None:
         raise ValueError(f"the tokenizer {path} has no eos_token, so a response could never end; set eos_token in its tokenizer_config.json")
     return tokenizer
-
-
-PLAIN = ("TokenizersBackend", "PreTrainedTokenizerFast")
-"""Names of the class that does what tokenizer.json says and no more, as `train_tokenizer` makes it."""
-PLAIN_FOR = (None, "qwen3", "qwen3_moe", "llama")
-"""Types of models, none beside a tokenizer alone, for which AutoTokenizer takes that class at its word."""
 
 
 def _loader(directory: Path) -> Any:
