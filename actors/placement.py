@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 PASSED_ON = ("CUDA_HOME", "HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE")
-PASSED_ON_PREFIXES = ("GLOO_", "NCCL_")
+PASSED_ON_PREFIXES = ("GLOO_", "MALLOC_", "NCCL_")
 """Environment variables of the driver that all its processes get, on whichever node. No secret is among them: a runtime
 environment is shown by Ray's dashboard and stands in its logs. HF_TOKEN belongs into the environment of the nodes."""
 

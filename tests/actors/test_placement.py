@@ -65,9 +65,9 @@ def test_roles_of_a_set_get_the_same_processes_which_join_one_group_once(ray_clu
 
 
 def test_what_the_driver_knows_of_hub_and_network_is_passed_on_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HF_HOME", "NCCL_DEBUG", "GLOO_SOCKET_IFNAME", "HF_TOKEN", "WANDB_API_KEY"):
+    for name in ("HF_HOME", "MALLOC_ARENA_MAX", "NCCL_DEBUG", "GLOO_SOCKET_IFNAME", "HF_TOKEN", "WANDB_API_KEY"):
         monkeypatch.setenv(name, "x")
-    assert {"HF_HOME", "NCCL_DEBUG", "GLOO_SOCKET_IFNAME"} == {name for name, value in environment(1)["env_vars"].items() if value == "x"}
+    assert {"HF_HOME", "MALLOC_ARENA_MAX", "NCCL_DEBUG", "GLOO_SOCKET_IFNAME"} == {name for name, value in environment(1)["env_vars"].items() if value == "x"}
 
 
 def test_a_process_gets_as_many_threads_as_it_was_promised() -> None:
