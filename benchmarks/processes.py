@@ -4,6 +4,7 @@ import os
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,11 +33,11 @@ class Watched:
     """Cores that programs other than this one and its watcher kept busy meanwhile, on average."""
 
 
-def watch(command: Sequence[str], environment: Mapping[str, str], log: Path, rows: Path, is_row: str, every: float = 0.5) -> Watched:
+def watch(command: Sequence[str], environment: Mapping[str, str], log: Path, rows: Path, is_row: str, every: float = 0.5, memory: bool = True) -> Watched:
     """Run a program to its end, looking at its processes every so many seconds; its output goes to `log`.
 
-    `rows` is a file that it writes; the first line with `is_row` in it is its first row. Raises BenchmarkError when it
-    does not end with 0.
+    `rows` is a file that it writes; the first line with `is_row` in it is its first row. `memory` may be left alone, since
+    each look at it stops the processes for milliseconds. Raises BenchmarkError when the program does not end with 0.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
@@ -45,12 +46,13 @@ def watch(command: Sequence[str], environment: Mapping[str, str], log: Path, row
         first_row, peak, processes, seconds = 0.0, 0.0, 0, {0: 0.0}
         while program.poll() is None:
             tree = _tree(program.pid)
-            memory = sum(_pss(process) for process in tree) / 2**30
-            peak, processes = max((peak, processes), (memory, len(tree)))
+            held = sum(_pss(process) for process in tree) / 2**30 if memory else 0.0
+            peak, processes = max((peak, processes), (held, len(tree)))
             seconds |= {process.pid: used for process in tree if (used := _cpu_seconds(process)) > 0}
             if not first_row and rows.is_file() and is_row in rows.read_text():
                 first_row = time.perf_counter() - start
-            time.sleep(every)
+            with suppress(subprocess.TimeoutExpired):
+                program.wait(every)
     wall = time.perf_counter() - start
     if program.returncode:
         raise BenchmarkError(f"`{' '.join(command)}` ended with code {program.returncode}; its output is in {log}")

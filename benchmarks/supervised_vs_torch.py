@@ -14,6 +14,7 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,21 +77,26 @@ def run_stage(stage: str, workers: int, steps: int, log: str) -> Run:
     job = [f"jobs.{stage}", f"run={OUTPUT.name}", f"output_dir={OUTPUT.parent}", f"steps={steps + WARMUP_STEPS}", f"num_workers={workers}", *SETTINGS]
     metrics = directory / "metrics.jsonl"
     with Arrivals(metrics) as arrivals:
-        watched = watch([sys.executable, "-m", *job], {}, OUTPUT / f"{log}.log", OUTPUT / "none", "", every=2.0)
+        foreign_cores = _watch([sys.executable, "-m", *job], {}, log)
     tokens = {row["step"]: row["train/num_tokens_seen"] for row in read_metrics(metrics) if "train/loss" in row}
     first, last = WARMUP_STEPS, WARMUP_STEPS + steps
-    return Run((tokens[last] - tokens[first]) / (arrivals.at[last] - arrivals.at[first]), watched.foreign_cores)
+    return Run((tokens[last] - tokens[first]) / (arrivals.at[last] - arrivals.at[first]), foreign_cores)
 
 
 def run_loop(stage: str, steps: int, log: str) -> Run:
     command = [sys.executable, "-m", "benchmarks.torch_loop", str(OUTPUT / stage), str(steps + WARMUP_STEPS)]
-    watched = watch(command, {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}, OUTPUT / f"{log}.log", OUTPUT / "none", "", every=2.0)
+    foreign_cores = _watch(command, {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}, log)
     timed = json.loads((OUTPUT / stage / "torch_loop.json").read_text())[WARMUP_STEPS:]
-    return Run(sum(row["tokens"] for row in timed) / sum(row["seconds"] for row in timed), watched.foreign_cores)
+    return Run(sum(row["tokens"] for row in timed) / sum(row["seconds"] for row in timed), foreign_cores)
+
+
+def _watch(command: Sequence[str], environment: Mapping[str, str], log: str) -> float:
+    """Run a program; how many cores others kept busy. Two workers leave the watcher no core, so it looks seldom, and at no memory."""
+    return watch(command, environment, OUTPUT / f"{log}.log", OUTPUT / "none", "", every=5.0, memory=False).foreign_cores
 
 
 class Arrivals:
-    """When the row of each training step came into a metrics.jsonl; a context manager that looks every 10 ms."""
+    """When the row of each training step came into a metrics.jsonl; a context manager that looks every 20 ms."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.at = path, dict[int, float]()
@@ -99,7 +105,7 @@ class Arrivals:
 
     def _look(self) -> None:
         size = 0
-        while not self._ended.wait(0.01):
+        while not self._ended.wait(0.02):
             if self.path.exists() and (now := self.path.stat().st_size) > size:
                 size, moment = now, time.perf_counter()
                 for row in read_metrics(self.path):
