@@ -28,7 +28,9 @@ from minigpt_ray.tracking import read_metrics
 
 OUTPUT = Path("outputs") / "bench" / "supervised"
 WARMUP_STEPS = 5
-SETTINGS = ["model.init_from=start", "batch_size=16", "window=256", "engine.micro_batch_tokens=4096", "validation_share=0", "checkpoint.every=1000000"]
+SIZES = ["batch_size=16", "window=256", "engine.micro_batch_tokens=4096"]
+SETTINGS = ["model.init_from=start", *SIZES, "engine.zero_stage=0", "validation_share=0", "checkpoint.every=1000000"]
+"""ZeRO stage 0 is plain data parallelism: the loop shards nothing either."""
 LOOP, ONE, TWO = "bare torch loop", "1 worker", "2 workers"
 SHARE, GAIN = 0.9, 1.7
 """What one worker has to reach of the loop's speed, and two workers of one's."""
@@ -92,7 +94,7 @@ def run_loop(stage: str, steps: int, log: str) -> Run:
 
 def _watch(command: Sequence[str], environment: Mapping[str, str], log: str) -> float:
     """Run a program; how many cores others kept busy. Two workers leave the watcher no core, so it looks seldom, and at no memory."""
-    return watch(command, environment, OUTPUT / f"{log}.log", OUTPUT / "none", "", every=5.0, memory=False).foreign_cores
+    return watch(command, environment, OUTPUT / f"{log}.log", OUTPUT / "none", "", every=2.0, memory=False).foreign_cores
 
 
 class Arrivals:
