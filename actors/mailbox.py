@@ -81,11 +81,13 @@ class Sender:
     def __init__(self, mailbox: Any) -> None:
         self._mailbox, self._before = mailbox, mailbox.put.remote(None)
 
-    def send(self, message: Any) -> bool:
-        """Whether the driver has asked to end, as of the message before."""
-        asked_to_end = bool(ray.get(self._before))
+    def asked_to_end(self) -> bool:
+        """Whether the driver has asked to end, as of the last message."""
+        return bool(ray.get(self._before))
+
+    def send(self, message: Any) -> None:
+        ray.get(self._before)
         self._before = self._mailbox.put.remote(message)
-        return asked_to_end
 
     def stop(self, message: Stopped) -> None:
         """Send the last message; returns once it is in the mailbox."""

@@ -14,7 +14,7 @@ import pickle
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +29,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from torch import nn
 
 from actors.dataset import Sources, prepare_windows
 from actors.engine import Engine, all_reduce_sum
@@ -69,6 +70,9 @@ SAMPLE = 4096
 """Windows that a baseline is computed from."""
 MOST_SOURCES = 20
 """Sources up to which the validation loss is told for each."""
+
+ASKED = "ranks that were asked to end"
+"""Among the statistics of a step, beside those of the loss."""
 
 HEADS: dict[str, type[TokenLogprobs] | type[TokenValues]] = {"language": TokenLogprobs, "scalar": TokenValues}
 """Stage.head -> what its loss is given as `model`."""
@@ -232,14 +236,16 @@ def train(ready: Ready, stored: Mapping[str, Path], mailbox: Any) -> None:
     start = worker.restore()
     if sender:
         sender.send(Begun(start))
+        worker.asked_to_end = sender.asked_to_end
     try:
         for step, rows in worker.steps(start):
-            end = worker.agree(sender.send(Logged(step, rows)) if sender else False)
-            if end or worker.checkpoint_due(step):
+            if sender:
+                sender.send(Logged(step, rows))
+            if worker.ends or worker.checkpoint_due(step):
                 if sender:
                     sender.settle()  # a checkpoint never knows a step that metrics.jsonl does not
                 worker.save(step)
-            if end and step < worker.num_steps and not worker.stops_early:
+            if worker.ends and step < worker.num_steps and not worker.stops_early:
                 if sender:
                     sender.stop(Stopped("", asked=True))
                 return
@@ -291,6 +297,9 @@ class SupervisedRank:
         self.num_tokens_seen = dict.fromkeys(windows.parts, 0)
         self.validated: dict[str, float] = {}
         self.patience = Patience()
+        self.asked_to_end: Callable[[], bool] = lambda: False
+        self.ends = False
+        """Some rank was asked to end before the loss of the last step; the same on every rank."""
         self.shape = ready.shape
         self.rates = Rates(self.num_steps, self._peak_flops())
 
@@ -328,9 +337,15 @@ class SupervisedRank:
             mine = np.split(everyone, self.world)[self.rank]
             count = self._count(self.stage.mean_over, everyone)
             micro_batches = Batch.of(self.windows.take(mine), self.engine.device).split(self.rows_per_micro_batch)
+        asked = torch.tensor(float(self.asked_to_end()), device=self.engine.device)
+
+        def loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            value, stats = self.stage.loss(model, batch, count, config)
+            return value, {**stats, ASKED: asked}  # travels with them, since to agree is a collective
+
         with timer("learn"):
             self.model.train()
-            update = self.engine.update(micro_batches, lambda model, batch: self.stage.loss(model, batch, count, config))
+            update = self.engine.update(micro_batches, loss)
         if not update.applied:
             refused = self.ready.directory / "non_finite"
             if self.rank == 0:
@@ -340,6 +355,7 @@ class SupervisedRank:
             raise FloatingPointError(
                 f"step {step + 1}: a loss or gradient is not finite and no update was applied; the batch is in {batch_path(refused, step + 1)}; lower optimizer.lr, or look at the data"
             )
+        self.ends = update.stats.pop(ASKED) > 0
         num_tokens = self.windows.count("num_tokens", everyone)
         self.num_tokens_seen = {source: seen + num_tokens.get(source, 0) for source, seen in self.num_tokens_seen.items()}
         seconds = sum(timer.seconds.values())
@@ -400,14 +416,6 @@ class SupervisedRank:
         return self.world * cpu_peak_flops(self.config.cpus_per_worker)
 
     # ----------------------------------------------------------------------------------------- checkpoints, export
-
-    def agree(self, end: bool) -> bool:
-        """What rank 0 says. Collective."""
-        if self.world == 1:
-            return end
-        answer = torch.tensor(int(end), device=self.engine.device)
-        dist.broadcast(answer, 0)
-        return bool(answer)
 
     def checkpoint_due(self, step: int) -> bool:
         return step % self.config.checkpoint.every == 0 or step == self.num_steps or self.stops_early
