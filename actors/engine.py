@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from minigpt_ray.checkpoint import naming
 from minigpt_ray.config import EngineConfig, OptimizerConfig
+from minigpt_ray.imports import without_collection
 
 M = TypeVar("M")
 Stats = dict[str, Tensor]
@@ -50,8 +51,9 @@ def never(stats: dict[str, float]) -> bool:
 def import_deepspeed() -> ModuleType:
     """DeepSpeed, imported in the rank's process alone: the driver never pays for it."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    import deepspeed
-    from deepspeed.ops import __compatible_ops__
+    with without_collection():
+        import deepspeed
+        from deepspeed.ops import __compatible_ops__
 
     # Else DeepSpeed compiles a C++ shared-memory collective at start-up, for a minute, or dies without a compiler.
     __compatible_ops__["deepspeed_shm_comm"] = False

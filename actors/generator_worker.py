@@ -18,6 +18,7 @@ from actors.group import Rank
 from actors.stacks import end_family
 from actors.weights import TRANSPORTS, Publication, PublicationLost, WeightsError, probe_gap
 from minigpt_ray.config import GeneratorConfig, SamplingConfig
+from minigpt_ray.imports import without_collection
 from minigpt_ray.models import saved_weights
 from minigpt_ray.tokenizer import load_tokenizer
 
@@ -103,7 +104,8 @@ def complete(engine: GeneratorEngine, requests: Sequence[Request], sampling: Sam
 
 
 def _vllm(path: str, config: GeneratorConfig, max_model_len: int, tensor_parallel: int, seed: int) -> GeneratorEngine:
-    from actors.vllm_engine import VLLMEngine
+    with without_collection():
+        from actors.vllm_engine import VLLMEngine
 
     return VLLMEngine(path, config, max_model_len, tensor_parallel, seed)
 

@@ -5,6 +5,7 @@ rank objects, of one role or of several that share it. A Group is the role as th
 never its name, and gets a Pending back.
 """
 
+import gc
 import logging
 import math
 import os
@@ -20,6 +21,7 @@ import ray
 
 from actors.stacks import keep_stacks_at_hand
 from actors.watchdog import START_SECONDS, Limit, is_dead, outlast, place_of
+from minigpt_ray.imports import without_collection
 from minigpt_ray.timeline import Mark, Span
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ class RankHost:
     """The process that holds rank objects. Made a Ray actor by placement.Cluster. Imports torch when a role asks for it: rewards do not."""
 
     def __init__(self, index: int, world: int, device: str) -> None:
+        gc.disable()  # until a role is built: its arguments bring imports with them
         keep_stacks_at_hand()
         self.rank = Rank(index, world, device)
         self.roles: dict[str, Any] = {}
@@ -95,7 +98,8 @@ class RankHost:
 
     def build(self, role: str, build: Callable[..., Any], *args: Any) -> dict[str, Any]:
         """Build a rank object; where this process is."""
-        self.roles[role] = build(self.rank, *args)
+        with without_collection():
+            self.roles[role] = build(self.rank, *args)
         return {"host": ray.util.get_node_ip_address(), "pid": os.getpid(), "device": self._device_name()}
 
     def _device_name(self) -> str:

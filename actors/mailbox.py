@@ -10,6 +10,8 @@ from typing import Any
 
 import ray
 
+from minigpt_ray.imports import without_collection
+
 
 @dataclass(frozen=True)
 class Started:
@@ -102,7 +104,8 @@ class Sender:
 
 def work(given: dict[str, Any]) -> None:
     """What every Ray Train worker runs. What it is given is pickled, since Ray Train's controller reads it on the way."""
-    from actors.supervised import train
+    with without_collection():
+        from actors.supervised import train
 
     ready, stored = pickle.loads(given["ready_and_stored"])
     train(ready, stored, given["mailbox"])

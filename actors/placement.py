@@ -2,10 +2,12 @@
 
 import logging
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from actors.preflight import PlacementError, bundle, preflight
 from actors.watchdog import START_SECONDS, Limit, end_hung, record_of
 from minigpt_ray.config import AnyPlacement, AnyReward, GeneratorPlacement, ModelReward, PlacementConfig, RolePlacement
 from minigpt_ray.flops import cpu_peak_flops, gpu_peak_flops
+from minigpt_ray.imports import without_collection
 
 logger = logging.getLogger(__name__)
 
@@ -250,7 +253,8 @@ def connect(address: str | None, cpus: int) -> bool:
     os.environ.setdefault("RAY_task_events_report_interval_ms", "0")  # what every process did, each second, for a dashboard that is not there
     ray_constants.ENABLE_RAY_CLUSTER = False  # Ray's switch for computers with a firewall: its processes then listen on the loopback address alone
     start = partial(ray.init, address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, logging_level=logging.ERROR)
-    with _without_needless_processes():
+    threading.Thread(target=import_module, args=("torch",)).start()  # what the driver imports next takes as long as Ray's processes
+    with _without_needless_processes(), without_collection():
         try:
             start()
         except Exception as error:  # Ray has no type for it, and waits half a minute, which a busy machine may exceed

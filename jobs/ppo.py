@@ -20,12 +20,16 @@ def train(config: PPOConfig) -> None:
     with one_sentence():  # bad input is refused before any process starts, and most of it before torch is imported
         ready = Preparation(config)
 
+    from actors.placement import Cluster
+
+    with one_sentence():  # so is a request that the cluster cannot hold
+        cluster = Cluster(config.placement, ready.roles, ready.memory)
+
     from actors.collection import collect
     from actors.critic import start_critic
     from actors.evaluation import log_evaluation, sample_row
     from actors.generator import Generator
     from actors.group import OutOfRestarts, Pending, gather
-    from actors.placement import Cluster
     from actors.policy import Policy
     from actors.reference import Reference
     from actors.rewards import RewardError, Rewards
@@ -37,8 +41,6 @@ def train(config: PPOConfig) -> None:
     from minigpt_ray.rl.step import make_experience
     from minigpt_ray.tracking import Timer
 
-    with one_sentence():  # so is a request that the cluster cannot hold
-        cluster = Cluster(config.placement, ready.roles, ready.memory)
     with cluster, ready.tracker() as tracker:
         tensor_parallel, tolerance = config.placement.generator.tensor_parallel, config.weights.probe_tolerance
         generator = Generator(cluster, ready.policy_path, config.generator, ready.max_model_len, tensor_parallel, config.seed, tolerance)
