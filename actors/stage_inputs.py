@@ -60,7 +60,10 @@ def prepare(config: SupervisedConfig) -> Ready:
     trained = config.stage_dir("prepare_data") / "tokenizer"
     if model is None and config.model.tokenizer is None and not trained.is_dir():
         raise StageError(f"no tokenizer at {trained}; {_before_this(config, 'prepare_data')}, or set model.tokenizer or model.init_from")
-    tokenizer = model or config.model.tokenizer or str(trained)
+    named = config.model.tokenizer
+    if named is not None and (Path(named).is_absolute() or named.startswith(".") or named.count("/") > 1) and not Path(named).is_dir():
+        raise StageError(f"model.tokenizer={named!r} is neither a directory nor the name of a tokenizer on the hub; python -m jobs.prepare_data trains one")
+    tokenizer = model or named or str(trained)
     sources = _find_sources(config)
     shape = _shape(model, config.model.preset)
     if config.window > shape.max_positions:

@@ -73,6 +73,8 @@ def build(settings):
 def test_what_is_missing_is_named_with_the_command_that_makes_it(run):
     with pytest.raises(StageError, match=r"no tokenizer at .*; run python -m jobs\.prepare_data run=other"):
         prepare(config(run, run="other"))
+    with pytest.raises(StageError, match=r"model\.tokenizer='.*nowhere' is neither a directory nor"):
+        prepare(config(run, model={"preset": "nano", "tokenizer": str(run / "nowhere")}))
     (run / "r" / "prepare_data" / "demonstrations.jsonl").unlink()
     with pytest.raises(StageError, match=r"no data file .*demonstrations\.jsonl; run python -m jobs.prepare_data"):
         prepare(config(run))
