@@ -33,7 +33,6 @@ from torch import nn
 
 from actors.dataset import Sources, prepare_windows
 from actors.engine import Engine, all_reduce_sum
-from actors.lineage import end_descendants
 from actors.mailbox import Begun, Logged, Mailbox, Sender, Started, Stopped, work
 from actors.parent import driver_restarts
 from actors.placement import connect, environment
@@ -129,8 +128,6 @@ def fit(ready: Ready) -> Path:
                 _trainer(ready, stored, mailbox).fit()
             finally:
                 signal.signal(signal.SIGTERM, handler)
-                if own:
-                    end_descendants("TrainController")  # it has done its work, and now and then Ray's end leaves it behind for ever
                 mailbox.put.remote(Stopped(""))  # else a failure would leave the delivery waiting
             stopped = delivery.result()
         if stopped.fault:
