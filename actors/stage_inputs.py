@@ -10,7 +10,7 @@ from pathlib import Path
 from actors.preparation import MAY_DIFFER_ON_RESUME, find_start
 from minigpt_ray.checkpoint import Checkpoints
 from minigpt_ray.config import SupervisedConfig
-from minigpt_ray.model_directory import config_json, resolve_model
+from minigpt_ray.model_directory import config_json, is_path, resolve_model
 from minigpt_ray.object_store import check_store
 from minigpt_ray.presets import PRESETS, ModelShape
 
@@ -57,13 +57,7 @@ def prepare(config: SupervisedConfig) -> Ready:
     if model is None and config.model.preset not in PRESETS:
         raise StageError(f"model.preset={config.model.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
     reference = None if config.reference_from is None else resolve_model(config.reference_from, config.run_dir)
-    trained = config.stage_dir("prepare_data") / "tokenizer"
-    if model is None and config.model.tokenizer is None and not trained.is_dir():
-        raise StageError(f"no tokenizer at {trained}; {_before_this(config, 'prepare_data')}, or set model.tokenizer or model.init_from")
-    named = config.model.tokenizer
-    if named is not None and (Path(named).is_absolute() or named.startswith(".") or named.count("/") > 1) and not Path(named).is_dir():
-        raise StageError(f"model.tokenizer={named!r} is neither a directory nor the name of a tokenizer on the hub; python -m jobs.prepare_data trains one")
-    tokenizer = model or named or str(trained)
+    tokenizer = model or _tokenizer_of_a_new_model(config)
     sources = _find_sources(config)
     shape = _shape(model, config.model.preset)
     if config.window > shape.max_positions:
@@ -73,6 +67,15 @@ def prepare(config: SupervisedConfig) -> Ready:
     start = 0 if latest is None else checkpoints.step_of(latest)
     tokenizer = str(Path(tokenizer).absolute()) if Path(tokenizer).is_dir() else tokenizer
     return Ready(config, directory, model, reference, tokenizer, sources, shape, start)
+
+
+def _tokenizer_of_a_new_model(config: SupervisedConfig) -> str:
+    named, trained = config.model.tokenizer, config.stage_dir("prepare_data") / "tokenizer"
+    if named is None and not trained.is_dir():
+        raise StageError(f"no tokenizer at {trained}; {_before_this(config, 'prepare_data')}, or set model.tokenizer or model.init_from")
+    if named is not None and is_path(named) and not Path(named).is_dir():
+        raise StageError(f"model.tokenizer={named!r} is neither a directory nor the name of a tokenizer on the hub; python -m jobs.prepare_data trains one")
+    return named or str(trained)
 
 
 def _find_sources(config: SupervisedConfig) -> dict[str, Files]:

@@ -177,15 +177,10 @@ def _trainer(ready: Ready, stored: Mapping[str, Path], mailbox: Any) -> TorchTra
             name=f"{time.time_ns():x}",
             storage_path=str(ready.directory / "ray_train"),
             failure_config=FailureConfig(max_failures=RESTARTS),
-            worker_runtime_env=_worker_environment(config.cpus_per_worker),
+            worker_runtime_env={"env_vars": KEEP_FREED_MEMORY | environment(config.cpus_per_worker)["env_vars"]},
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
-
-
-def _worker_environment(threads: int) -> dict[str, Any]:
-    found = environment(threads)
-    return {"env_vars": KEEP_FREED_MEMORY | found["env_vars"]}
 
 
 def _deliver(mailbox: Any, tracker: Tracker, hang_after_s: float) -> Stopped:
@@ -232,11 +227,11 @@ def train(ready: Ready, stored: Mapping[str, Path], mailbox: Any) -> None:
     ray.get(mailbox.put.remote(Started(f"{ready.config.stage} worker {dist.get_rank()} of {dist.get_world_size()}", Whereabouts.mine())))
     sender = Sender(mailbox) if dist.get_rank() == 0 else None
     settle_in(ready.config)
-    worker = SupervisedRank(ready, read(ready, stored, "train"), read(ready, stored, "validation"))
+    windows, validation = read(ready, stored, "train"), read(ready, stored, "validation")
+    worker = SupervisedRank(ready, windows, validation, sender.asked_to_end) if sender else SupervisedRank(ready, windows, validation)
     start = worker.restore()
     if sender:
         sender.send(Begun(start))
-        worker.asked_to_end = sender.asked_to_end
     try:
         for step, rows in worker.steps(start):
             if sender:
@@ -279,7 +274,7 @@ def read(ready: Ready, stored: Mapping[str, Path], part: str) -> Sources:
 class SupervisedRank:
     """One data-parallel rank. Needs torch.distributed to be initialised."""
 
-    def __init__(self, ready: Ready, windows: Sources, validation: Sources) -> None:
+    def __init__(self, ready: Ready, windows: Sources, validation: Sources, asked_to_end: Callable[[], bool] = lambda: False) -> None:
         config = ready.config
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.ready, self.config, self.stage = ready, config, STAGES[config.stage]
@@ -297,7 +292,7 @@ class SupervisedRank:
         self.num_tokens_seen = dict.fromkeys(windows.parts, 0)
         self.validated: dict[str, float] = {}
         self.patience = Patience()
-        self.asked_to_end: Callable[[], bool] = lambda: False
+        self.asked_to_end = asked_to_end
         self.ends = False
         """Some rank was asked to end before the loss of the last step; the same on every rank."""
         self.shape = ready.shape

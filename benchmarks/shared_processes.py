@@ -1,6 +1,6 @@
 """PPO in debug mode with its roles in processes of their own, and with all but the generator in one: start, time, memory.
 
-    .venv/bin/python -m benchmarks.shared_processes        two minutes on two quiet cores
+    .venv/bin/python -m benchmarks.shared_processes        a minute on two quiet cores
 
 Prints what each takes, and what part of the first the second is. Also what each role's process was estimated to hold before
 it started, beside what it held. Logs are kept below outputs/bench.

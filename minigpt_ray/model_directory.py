@@ -26,11 +26,16 @@ def resolve_model(init_from: str, run_dir: Path) -> str:
                 "load them where you trust them and write them again with save_pretrained, as safetensors"
             )
         return str(local.absolute())
-    if local.is_absolute() or init_from.startswith(".") or init_from.count("/") != 1:
+    if is_path(init_from) or "/" not in init_from:
         raise FileNotFoundError(
             f"init_from={init_from!r} is neither a finished stage of this run ({stage} has no config.json) nor a model directory; run that stage first"
         )
     return init_from
+
+
+def is_path(name: str) -> bool:
+    """Whether a name can only be that of a directory: one on the hub has at most one slash."""
+    return Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1
 
 
 def config_json(path: str) -> Path:
