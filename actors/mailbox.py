@@ -105,7 +105,7 @@ class Sender:
 def work(given: dict[str, Any]) -> None:
     """What every Ray Train worker runs. What it is given is pickled, since Ray Train's controller reads it on the way."""
     with without_collection():
-        from actors.supervised import train
+        from actors.supervised_rank import train
 
     ready, stored = pickle.loads(given["ready_and_stored"])
     train(ready, stored, given["mailbox"])

@@ -8,7 +8,9 @@ killed, and where it stood is said. The next one goes on from the newest checkpo
 by itself, a refusal or an exception of the code, would come again, so it is passed on; and so is SIGTERM, after which
 nothing is started any more.
 
-The driver is a fork, made before anything heavy is imported: the parent holds the configuration and no torch.
+The driver is a fork, made before anything heavy is imported: the parent holds the configuration and no torch. What a
+driver leaves behind becomes a child of the parent, which ends it: a process of a local Ray that hangs in its end would
+keep its memory for ever.
 """
 
 import os
@@ -23,8 +25,8 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TypeVar, cast
 
-from actors.lineage import die_with_parent
-from actors.stacks import examine_and_kill, keep_stacks_at_hand
+from actors.lineage import adopt_orphans, die_with_parent, reap
+from actors.stacks import examine_and_kill, keep_stacks_at_hand, kill_children
 from minigpt_ray.config import PPOConfig, SupervisedConfig
 
 C = TypeVar("C", bound=PPOConfig | SupervisedConfig)
@@ -35,6 +37,8 @@ LONGEST_PAUSE_SECONDS = 30.0
 """Between two drivers: 1 s before the first restart, twice as long before each further one, so that a machine can come back."""
 BEAT_SECONDS = 1.0
 """Between two signs of life of a driver. A thread of its own gives them, so one that only waits is let be: whatever it waits for has a limit."""
+LEFTOVER_SECONDS = 5.0
+"""How long processes that a driver leaves behind, those of a local Ray above all, may take to end by themselves."""
 ASKED = (signal.SIGTERM, signal.SIGINT)
 """Signals by which somebody asks a job to end."""
 
@@ -52,6 +56,7 @@ def keep_running(train: Callable[[C], None], config: C) -> None:
         for restarts in range(limit + 1):
             pid = parent.start(partial(_drive, train, config if restarts == 0 else again, restarts))
             code = parent.wait(patience)
+            parent.end_what_is_left()
             if parent.said_farewell() or parent.asked or -code in ASKED:
                 break
             died = f"the driver (process {pid}) {f'was killed by {signal.Signals(-code).name}' if code < 0 else f'lost Ray, or a role (code {code})'}"
@@ -98,6 +103,7 @@ class _Parent:
     """Who waits for the driver, and what it was asked meanwhile."""
 
     def __init__(self) -> None:
+        adopt_orphans()
         self.asked = False
         self._driver: int | None = None
 
@@ -145,7 +151,7 @@ class _Parent:
         """Exit code of the driver, -n when signal n ended it. When it gives no sign of life for `patience` seconds, it is killed."""
         assert self._driver is not None
         silent, seen = 0.0, time.monotonic()
-        while not (ended := os.waitpid(self._driver, os.WNOHANG))[0]:
+        while self._driver not in (ended := reap() or {}):
             heard = select.select([self._pulse], [], [], BEAT_SECONDS)[0] and os.read(self._pulse, 1024)
             before, seen = seen, time.monotonic()
             silent = 0.0 if heard else silent + min(seen - before, 2 * BEAT_SECONDS)  # no longer: this process may have been stopped too
@@ -157,8 +163,21 @@ class _Parent:
                 print(f"{what}\n{stacks}", file=sys.stderr, flush=True)
                 silent = 0.0
         os.close(self._pulse)
-        self._driver = None
-        return os.waitstatus_to_exitcode(ended[1])
+        status, self._driver = ended[self._driver], None
+        return os.waitstatus_to_exitcode(status)
+
+    def end_what_is_left(self) -> None:
+        """Return when nothing that the driver has started is alive: by itself, or killed."""
+        if self._descendants_after(LEFTOVER_SECONDS):
+            kill_children()
+            self._descendants_after(LEFTOVER_SECONDS)
+
+    def _descendants_after(self, seconds: float) -> bool:
+        """Whether there are some; returns as soon as there are none."""
+        end = time.monotonic() + seconds
+        while (left := reap() is not None) and time.monotonic() < end:
+            time.sleep(0.02)
+        return left
 
     def said_farewell(self) -> bool:
         """Whether the driver ended by itself."""

@@ -65,9 +65,14 @@ def _kill(processes: Iterable[psutil.Process]) -> None:
             process.kill()
 
 
+def kill_children() -> None:
+    """Of this process, and theirs."""
+    _kill(psutil.Process().children(recursive=True))
+
+
 def end_family() -> NoReturn:
     """End this process, at once, and all that it has started."""
-    _kill(psutil.Process().children(recursive=True))
+    kill_children()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)

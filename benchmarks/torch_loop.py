@@ -17,7 +17,7 @@ import torch
 
 from actors.dataset import Sources
 from actors.engine import schedule
-from actors.supervised import HEADS, num_steps
+from actors.supervised_rank import HEADS, num_steps
 from minigpt_ray.cli import read_config
 from minigpt_ray.config import SupervisedConfig
 from minigpt_ray.config.pipeline import STAGE_CONFIGS

@@ -21,12 +21,13 @@ HEADLINES = {
 
 
 def course_table(run_dir: Path, fates: Mapping[str, str], seconds: Mapping[str, float]) -> Table:
-    """A row for each stage: what happened, how long it took, and what it came to, with what evaluate found out about its model."""
+    """A row for each stage: what happened, how long it took, and what it came to, with what evaluate found out about its model; then the time of all."""
     evaluated = _read(results) if "evaluate" in fates and (results := run_dir / "evaluate" / "results.json").exists() else {}
     table = Table("stage", "", "time", "outcome on held-out data")
     for name, fate in fates.items():
-        took = seconds.get(name, 0.0)
-        table.add_row(name, fate, f"{took // 60:.0f} min {took % 60:.0f} s", outcome(run_dir / name, evaluated.get(name, {})))
+        table.add_row(name, fate, _time(seconds.get(name, 0.0)), outcome(run_dir / name, evaluated.get(name, {})))
+    table.add_section()
+    table.add_row("all", "", _time(sum(seconds.get(name, 0.0) for name in fates)), "")
     return table
 
 
@@ -43,6 +44,11 @@ def outcome(directory: Path, evaluated: Mapping[str, float]) -> str:
         counts = {name: sum(count.values()) if isinstance(count, dict) else count for name, count in _read(manifest)["counts"].items()}
         return ", ".join(f"{count:,} {name}" for name, count in counts.items())
     return ""
+
+
+def _time(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds} s"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Imports of large libraries, without the garbage collector, which would look through all that they make again and again: a fifth of the time."""
+"""Imports of large libraries, without the garbage collector, which would look through all that they make again and again."""
 
 import gc
 from collections.abc import Iterator

@@ -3,7 +3,8 @@
     for role in estimate(config):
         print(role.name, role.gib)
 
-It is an estimate to plan by: of the demo's processes on a CPU it is within 15 % of what they turn out to hold. This module imports neither torch
+It is an estimate to plan by: of PPO's processes in debug mode it is within 15 % of what they turn out to hold
+(`python -m benchmarks.shared_processes` prints both). This module imports neither torch
 nor ray: the model is known by its config.json, and without one the answer is that it is unknown until the model exists.
 """
 

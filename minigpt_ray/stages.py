@@ -1,6 +1,6 @@
 """Supervised stages: what a stage reads, and what it minimises on that.
 
-A stage is a dataset and a loss. The loop (actors/supervised.py) knows neither; a new stage is a new entry of STAGES and a
+A stage is a dataset and a loss. The loop (actors/supervised_rank.py) knows neither; a new stage is a new entry of STAGES and a
 class of its configuration.
 """
 

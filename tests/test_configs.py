@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 import minigpt_ray.config
+from jobs.pipeline import plan
 from minigpt_ray.cli import read_config, to_yaml
-from minigpt_ray.config import JobConfig, MixConfig, PPOConfig
+from minigpt_ray.config import JobConfig, MixConfig, PipelineConfig, PPOConfig
+from minigpt_ray.config.pipeline import STAGE_CONFIGS
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -51,6 +53,16 @@ def test_a_configuration_loads_with_the_root_of_its_job(path: Path, tmp_path: Pa
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_a_configuration_says_what_it_is_for(path: Path) -> None:
     assert path.read_text(encoding="utf-8").startswith("# ")
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.name == "pipeline.yaml"], ids=lambda path: path.parent.name)
+def test_the_stages_of_a_pipeline_load(path: Path) -> None:
+    config = read_config(PipelineConfig, [str(path)])
+    assert [stage.name for stage in plan(config)] == list(config.only or config.stages)
+
+
+def test_the_pipeline_of_all_stages_has_them_all() -> None:
+    assert list(read_config(PipelineConfig, [str(ROOT / "configs" / "pipeline.yaml")]).stages) == list(STAGE_CONFIGS)
 
 
 def test_the_debug_stages_share_a_run_and_need_no_gpu() -> None:

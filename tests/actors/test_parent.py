@@ -74,6 +74,31 @@ def test_a_driver_that_stands_still_is_said_with_its_stack_and_followed_by_anoth
     assert err[-1] == f"the driver (process {first}) was killed by SIGKILL; restart 1 of 2, from the newest checkpoint"
 
 
+LEAVES_A_DAEMON = """import psutil
+    print("children", *[process.pid for process in psutil.process_iter() if process.ppid() == os.getppid()], flush=True)
+    if os.fork() == 0:
+        if os.fork() == 0:
+            print("daemon", os.getpid(), flush=True)
+            time.sleep({seconds})
+            print("ends by itself", flush=True)
+        os._exit(0)
+    os.wait()
+    time.sleep(1)
+    if driver_restarts() == 0: os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "by_itself"), [(3, 2), (600, 0)])
+def test_what_a_driver_leaves_behind_has_ended_before_another_one_starts_and_when_the_job_is_done(seconds: int, by_itself: int) -> None:
+    code, out, err = finish(LEAVES_A_DAEMON.format(seconds=seconds))
+    assert code == 0 and len(err) == 1 and len(drivers(out)) == 2
+    daemons = [int(line.split()[1]) for line in out if line.startswith("daemon")]
+    assert len(daemons) == 2 and not any(map(psutil.pid_exists, daemons))
+    pids = [line.split()[3:] for line in out if line.startswith("driver")]
+    assert [line.split()[1:] for line in out if line.startswith("children")] == pids
+    assert out.count("ends by itself") == by_itself
+
+
 def test_restarts_are_bounded_and_the_code_is_that_of_the_last_signal() -> None:
     code, out, err = finish("os.kill(os.getpid(), signal.SIGSEGV)", limit=1)
     assert code == 128 + signal.SIGSEGV and drivers(out) == [["0", "never"], ["1", "auto"]]

@@ -17,7 +17,7 @@ from actors.group import RankHost
 from actors.reference_logprobs import with_reference
 from actors.reward_sources import load_calibration
 from actors.stage_inputs import StageError, prepare
-from actors.supervised import SupervisedRank, num_steps
+from actors.supervised_rank import SupervisedRank, num_steps
 from minigpt_ray.config import DPOConfig, MidtrainConfig, PretrainConfig, RewardModelConfig, SFTConfig
 from minigpt_ray.models import TokenLogprobs, build_causal, export, load_causal, load_scalar
 from minigpt_ray.stages import REFERENCE, STAGES, Batch

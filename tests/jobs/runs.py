@@ -25,7 +25,7 @@ def lower_case(rollouts):
 """The function that `command` asks for."""
 
 ONE_PROCESS = "placement.colocate=[[policy, critic, reference, rewards]]"
-"""Starts in half the time; the numbers are the same."""
+"""Starts sooner; the numbers are the same."""
 
 
 def command(home: Path, *overrides: str) -> list[str]:
