@@ -1,4 +1,4 @@
-"""The manifest for KubeRay, by its fields and by Ray's own reader; the SLURM script, run with a SLURM of one host."""
+"""The manifest for KubeRay, by its fields, by Kubernetes' schema and by Ray's own reader; the SLURM script, run with a SLURM of one host."""
 
 import os
 import signal
@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+import kubernetes_validate
 import psutil
 import pytest
 import yaml
@@ -28,22 +29,9 @@ class Fields(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class Container(Fields):
-    name: str
-    image: str
-    env: list[dict[str, Any]] = []
-    resources: dict[Literal["limits", "requests"], dict[str, str]]
-    volumeMounts: list[dict[Literal["name", "mountPath"], str]] = []
-
-
-class PodSpec(Fields):
-    containers: list[Container] = Field(min_length=1)
-    volumes: list[dict[str, Any]] = []
-    terminationGracePeriodSeconds: int = 30
-
-
 class PodTemplate(Fields):
-    spec: PodSpec
+    spec: dict[str, Any]
+    """Kubernetes' own: held against its schema below."""
 
 
 class HeadGroup(Fields):
@@ -102,22 +90,43 @@ class RayJob(Fields):
     spec: RayJobSpec
 
 
+def pods(job: RayJob) -> list[dict[str, Any]]:
+    """The head's, and that of each group of workers."""
+    cluster = job.spec.rayClusterSpec
+    return [group.template.spec for group in (cluster.headGroupSpec, *cluster.workerGroupSpecs)]
+
+
+def validate_pod(spec: dict[str, Any]) -> None:
+    """By the schema of Kubernetes, as a pod, which is what an operator makes of it."""
+    kubernetes_validate.validate(
+        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "ray"}, "spec": spec}, kubernetes_validate.latest_version(), strict=True
+    )
+
+
 def test_the_manifest_has_the_fields_of_a_rayjob() -> None:
     job = RayJob.model_validate(MANIFEST)
     for group in job.spec.rayClusterSpec.workerGroupSpecs:
         assert group.minReplicas <= group.replicas <= group.maxReplicas
-    for pod in (job.spec.rayClusterSpec.headGroupSpec, *job.spec.rayClusterSpec.workerGroupSpecs):
-        (container,) = pod.template.spec.containers
-        assert {mount["name"] for mount in container.volumeMounts} == {volume["name"] for volume in pod.template.spec.volumes}
-        secrets = [entry for entry in container.env if entry["name"] in ("WANDB_API_KEY", "HF_TOKEN")]
+    for pod in pods(job):
+        (container,) = pod["containers"]
+        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+        secrets = [entry for entry in container["env"] if entry["name"] in ("WANDB_API_KEY", "HF_TOKEN")]
         assert secrets and all("value" not in entry for entry in secrets)
     assert yaml.safe_load(job.spec.runtimeEnvYAML)["env_vars"] == yaml.safe_load((ROOT / "deploy/runtime_env.yaml").read_text())["env_vars"]
+
+
+def test_its_pods_are_what_kubernetes_takes() -> None:
+    for pod in pods(RayJob.model_validate(MANIFEST)):
+        validate_pod(pod)
 
 
 def test_a_misspelt_field_is_refused() -> None:
     spec = MANIFEST["spec"] | {"shutdownAfterJobFinished": True}
     with pytest.raises(ValidationError, match="shutdownAfterJobFinished"):
         RayJob.model_validate(MANIFEST | {"spec": spec})
+    pod = pods(RayJob.model_validate(MANIFEST))[0]
+    with pytest.raises(kubernetes_validate.ValidationError, match="volumeMount"):
+        validate_pod(pod | {"containers": [{"name": "ray", "volumeMount": []}]})
 
 
 def test_rays_autoscaler_reads_it_and_the_smallest_cluster_holds_configs_ppo() -> None:
