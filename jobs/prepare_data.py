@@ -51,10 +51,11 @@ console = Console()
 
 def main(argv: list[str] | None = None) -> int:
     arguments, rest = _parser().parse_known_args(argv)
+    if arguments.check is not None and rest:
+        print(f"--check reads one file and no config, found also {' '.join(rest)}; remove it", file=sys.stderr)
+        return 2
     try:
         if arguments.check is not None:
-            if rest:
-                raise DataError(f"--check reads one file and no config, found also {' '.join(rest)}; remove it")
             check(arguments.check, arguments.tokenizer, arguments.separator)
         elif not is_mix(rest):
             prepare(load_config(PrepareConfig, rest))

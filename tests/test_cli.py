@@ -116,6 +116,10 @@ def test_text_that_looks_like_a_number_survives_the_round_trip(tmp_path):
             ["weights.transport=nccl", "placement.generator.gpus=1", "placement.policy.gpus=1", "placement.hang_after_s=300"],
             ["placement.hang_after_s=300 is no longer than policy and generator workers wait for each other with weights.transport=nccl, 300 s; raise it"],
         ),
+        (
+            ["placement.generator.gpus=0.4", "placement.policy.gpus=0.3"],
+            ["generator.gpu_memory_utilization=0.85 is more of a GPU than placement.generator.gpus=0.4 leaves it; set it to 0.4 or less, or generator.sleep_"],
+        ),
         (["algorithm.estimator=rloo"], ["algorithm.estimator=rloo compares the samples of a prompt, but sampling.n=1; set it to at least 2"]),
         (["algorithm.estimator=reinforce++", "placement.colocate=[[critic, reference]]"], ["placement.colocate names critic", "leave critic out of it"]),
         (["algorithm.estimator=grpo", "algorithm.truncated=bootstrap"], ["algorithm: truncated=bootstrap needs a critic's estimate, but estimator=grpo"]),

@@ -89,6 +89,12 @@ class PPOConfig(TrainingConfig):
             raise ValueError("sampling.temperature=0 gives PPO nothing to compare; use a positive temperature here and evaluation.sampling.temperature=0")
         if not self.algorithm.uses_critic and any("critic" in shared for shared in self.placement.colocate):
             raise ValueError(f"placement.colocate names critic, but algorithm.estimator={self.algorithm.estimator} starts none; leave critic out of it")
+        share, part = self.generator.gpu_memory_utilization, self.placement.generator.gpus
+        if 0 < part < share and part < 1 and not self.generator.sleep_between_phases:
+            raise ValueError(
+                f"generator.gpu_memory_utilization={share} is more of a GPU than placement.generator.gpus={part} leaves it; "
+                f"set it to {part} or less, or generator.sleep_between_phases=true"
+            )
         if self.algorithm.estimator in ("rloo", "grpo") and sampling.n == 1:
             raise ValueError(f"algorithm.estimator={self.algorithm.estimator} compares the samples of a prompt, but sampling.n=1; set it to at least 2")
         if rows % mini:

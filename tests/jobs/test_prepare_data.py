@@ -133,7 +133,7 @@ def test_check_refuses_a_missing_tokenizer_and_a_config(tmp_path: Path, capsys: 
     path = file_of(tmp_path, {"prompt": "q"})
     assert main(["--check", path, "--tokenizer", str(tmp_path / "nowhere")]) == 1
     assert "no tokenizer at" in capsys.readouterr().err
-    assert main(["--check", path, "prompts=3"]) == 1
+    assert main(["--check", path, "prompts=3"]) == 2
     assert "--check reads one file and no config" in capsys.readouterr().err
 
 
