@@ -39,7 +39,7 @@ def lines_of(panel: Panel, rows: Rows) -> Iterator[Line]:
 
 
 def draw_panel(panel: Panel, runs: Mapping[str, Rows]) -> Figure | None:
-    """The panel's curves for each run, or None when nobody measured them.
+    """The panel's curves for each run, or None when nobody measured them, or nothing but zeros that say nothing.
 
     Of one run, each line has a colour. Of several, each run has a colour and each line a kind of dash.
     """
@@ -49,7 +49,7 @@ def draw_panel(panel: Panel, runs: Mapping[str, Rows]) -> Figure | None:
         for line in lines_of(panel, rows)
         if len((points := series(rows, line.metric, line.over))[0])
     ]
-    if not measured:
+    if not measured or (panel.zero_says_nothing and not any(values.any() for *_, values in measured)):
         return None
     names, labels = list(runs), list(dict.fromkeys(line.label for _, line, _, _ in measured))
     single, several_lines = len(runs) == 1, len(labels) > 1

@@ -29,6 +29,8 @@ class Panel:
     log: bool = False
     noisy: bool = True
     """A long curve is drawn as its moving average, the steps faint behind it."""
+    zero_says_nothing: bool = False
+    """Left out while every value is 0."""
 
 
 PANELS = (
@@ -57,7 +59,7 @@ PANELS = (
     Panel("Explained variance", "How much of the returns' spread the critic foresees: 1 is all of it, 0 is no better than a constant.", (Line("critic/explained_variance", "critic"),)),
     Panel("Entropy", "Spread of the policy's choice of a token, in nats; a fall to 0 ends exploration.", (Line("policy/entropy", "policy"),)),
     Panel("Clipped tokens", "Share of tokens whose ratio has left the clip range, so that they push no further.", (Line("policy/clip_fraction_low", "low"), Line("policy/clip_fraction_high", "high"))),
-    Panel("Groups with signal", "Share of the prompts whose answers were rewarded differently. The others teach a group estimator nothing.", (Line("groups/with_signal", "with signal", over="groups/drawn"),)),
+    Panel("Groups with signal", "Share of the prompts whose answers were rewarded differently. The others teach a group estimator nothing.", (Line("groups/with_signal", "with signal", over="groups/drawn"),), zero_says_nothing=True),
     Panel(
         "Response length",
         "Tokens in a response. Growth without reward is a sign of gaming.",

@@ -16,8 +16,9 @@ from minigpt_ray.cli import write_resolved
 from minigpt_ray.config import PPOConfig
 from minigpt_ray.report import write_report
 from minigpt_ray.report.answers import compared_answers, spread
-from minigpt_ray.report.curves import series, smooth
+from minigpt_ray.report.curves import draw_panel, series, smooth
 from minigpt_ray.report.page import REWARDS_DIFFER, headline_rows
+from minigpt_ray.report.panels import PANELS
 from tests.report.example import sample, write_run
 
 
@@ -163,3 +164,11 @@ def test_preference_stages_have_their_curves(run):
     assert [name for name in page.text if name in ("sft", "reward_model", "dpo", "ppo")][4:] == ["sft", "reward_model", "dpo", "ppo"]
     for title, times in (("Accuracy", 2), ("Reward margin", 2), ("Chosen and rejected", 2), ("Perplexity", 0)):
         assert page.text.count(title) == times
+
+
+@pytest.mark.parametrize(("signal", "drawn"), [(0, False), (3, True)])
+def test_zeros_that_say_nothing_are_not_drawn(signal, drawn):
+    """With one answer to a prompt no group has two rewards that differ."""
+    (panel,) = [panel for panel in PANELS if panel.title == "Groups with signal"]
+    rows = [{"step": step, "groups/with_signal": signal * step, "groups/drawn": 8} for step in range(1, 4)]
+    assert (draw_panel(panel, {"run": rows}) is not None) == drawn
