@@ -174,6 +174,12 @@ def prepare_windows(stage: Stage, config: SupervisedConfig, files: Files, tokeni
     return target
 
 
+def left_out(stored: Mapping[str, Path], *parts: Sources) -> int:
+    """Items that are in no window of `parts`, which are all that `stored` has; for stages whose items are examples."""
+    items = sum(json.loads((directory / MANIFEST).read_text())["items"] for directory in stored.values())
+    return int(items - sum(sum(part.count("num_examples").values()) for part in parts))
+
+
 def fingerprint(stage: Stage, config: SupervisedConfig, files: Files, tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of everything that the windows depend on."""
     own = {name: getattr(config, name) for name in stage.settings}
@@ -251,13 +257,10 @@ def _pack_in_parallel(
 
 def _pack_block(stage: Stage, config: SupervisedConfig, items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, apart: bool) -> StoredWindows | DataError:
     """One block, or what is wrong with its first unusable item: raised here, it would arrive wrapped in a page of frames."""
-    groups = []
+    groups: list[Group] = []
     try:
         for item in items:
-            for group in stage.encode(tokenizer, item, config):
-                if len(group) > config.window:
-                    raise DataError(f"{item.place}: {len(group)} tokens with the chat template, but window={config.window}; raise window or remove the row")
-                groups.append(group)
+            groups += stage.encode(tokenizer, item, config)
     except DataError as error:
         return error
     return pack_windows(groups, config.window, stage.segments, apart)

@@ -25,7 +25,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-from actors.dataset import Sources, prepare_windows
+from actors.dataset import Sources, left_out, prepare_windows
 from actors.mailbox import Begun, Logged, Mailbox, Started, Stopped, work
 from actors.parent import driver_restarts
 from actors.placement import connect, environment
@@ -35,7 +35,7 @@ from actors.stage_inputs import Ready, StageError
 from actors.supervised_rank import num_steps
 from actors.watchdog import START_SECONDS, Whereabouts, collective_timeout, end_hung_processes
 from minigpt_ray.cli import resolved, write_resolved
-from minigpt_ray.config import RolePlacement
+from minigpt_ray.config import ExamplesConfig, RolePlacement
 from minigpt_ray.data.prepared import provenance
 from minigpt_ray.object_store import deliver
 from minigpt_ray.stages import STAGES, Stage
@@ -66,12 +66,14 @@ def fit(ready: Ready) -> Path:
     )
     tokenizer = load_tokenizer(ready.tokenizer)
     stored = {name: prepare_windows(stage, config, files, tokenizer, ready.directory / "windows") for name, files in ready.sources.items()}
-    windows = Sources.load(stored, "train")
+    windows, validation = Sources.load(stored, "train"), Sources.load(stored, "validation")
     for name, size in zip(stored, windows.sizes, strict=True):
         if not size:
-            raise StageError(f"{'mix.' + name if name else 'files'}: no document or answer is long enough to learn from; give more data or remove the source")
+            raise StageError(
+                f"{'mix.' + name if name else 'files'}: no document or answer can be learnt from, since all are too short or too long; give other data or remove the source"
+            )
     steps = num_steps(config, windows)
-    baseline = _baseline(stage, windows, Sources.load(stored, "validation"))
+    baseline = _baseline(stage, windows, validation)
     write_resolved(config, ready.directory)
     epochs = -(-steps * config.batch_size // len(windows))
     exported = sinks(config.logging, config.run, stage.name)
@@ -80,6 +82,8 @@ def fit(ready: Ready) -> Path:
         tracker.message(
             f"{stage.name} {beginning}: {len(windows):,} windows of {config.window} tokens, {config.batch_size} a step, {config.num_workers} workers"
         )
+        if isinstance(config, ExamplesConfig) and config.too_long == "drop":
+            tracker.message(f"too_long=drop: {left_out(stored, windows, validation):,} examples longer than {config.window} tokens are left out")
         tracker.message(f"data: {provenance(path for files in ready.sources.values() for path in files.paths)}")
         if baseline and not ready.start:
             tracker.log(0, baseline)

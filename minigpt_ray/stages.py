@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from minigpt_ray.config import DocumentsConfig, DPOConfig, RewardModelConfig, SFTConfig, SupervisedConfig
+from minigpt_ray.config import DocumentsConfig, DPOConfig, ExamplesConfig, RewardModelConfig, SFTConfig, SupervisedConfig
 from minigpt_ray.data import documents
 from minigpt_ray.data.documents import Stretch
 from minigpt_ray.data.packing import Group, Windows, split
@@ -148,7 +148,16 @@ def _encode(tokenizer: PreTrainedTokenizerBase, messages: Messages, place: str) 
 
 
 def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, config: SFTConfig) -> list[Group]:
-    return [Group((encode_demonstration(tokenizer, row),), source=row.source)]
+    return fitting(Group((encode_demonstration(tokenizer, row),), source=row.source), row.place, config)
+
+
+def fitting(group: Group, place: str, config: ExamplesConfig) -> list[Group]:
+    """The group; of one that is longer than a window nothing, or a DataError, as the configuration says."""
+    if len(group) <= config.window:
+        return [group]
+    if config.too_long == "drop":
+        return []
+    raise DataError(f"{place}: {len(group)} tokens with the chat template, but window={config.window}; raise window, set too_long=drop or remove the row")
 
 
 def next_token_loss(model: nn.Module, batch: Batch, num_tokens: int, config: SupervisedConfig) -> tuple[Float[Tensor, ""], Stats]:
@@ -174,7 +183,7 @@ def prompt_of(pair: Pair) -> str:
     return json.dumps(pair.prompt)
 
 
-def encode_pair(tokenizer: PreTrainedTokenizerBase, pair: Pair, config: SupervisedConfig) -> list[Group]:
+def encode_pair(tokenizer: PreTrainedTokenizerBase, pair: Pair, config: ExamplesConfig) -> list[Group]:
     """Both answers, each behind the prompt; what the assistant says in an answer counts, in the prompt it does not."""
     begin = len(encode_prompt(tokenizer, pair.prompt))
 
@@ -182,14 +191,16 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, pair: Pair, config: Supervis
         token_ids, learnt = _encode(tokenizer, (*pair.prompt, *turns), pair.place)
         return Example(token_ids, learnt & (np.arange(len(token_ids)) >= begin))
 
-    return [Group((answer(pair.chosen), answer(pair.rejected)), source=pair.source)]
+    return fitting(Group((answer(pair.chosen), answer(pair.rejected)), source=pair.source), pair.place, config)
 
 
 def encode_ranked(tokenizer: PreTrainedTokenizerBase, pair: Pair, config: RewardModelConfig) -> list[Group]:
     """As encode_pair, but the last token of each answer alone counts: the reward is read there."""
-    (group,) = encode_pair(tokenizer, pair, config)
-    last = tuple(Example(ids, np.arange(len(ids)) == len(ids) - 1) for ids, _ in group.segments)
-    return [replace(group, segments=last, numbers={"margin": pair.margin})]
+
+    def ends(group: Group) -> tuple[Example, ...]:
+        return tuple(Example(ids, np.arange(len(ids)) == len(ids) - 1) for ids, _ in group.segments)
+
+    return [replace(group, segments=ends(group), numbers={"margin": pair.margin}) for group in encode_pair(tokenizer, pair, config)]
 
 
 def of_answers(batch: Batch, values: Float[Tensor, "B W"]) -> tuple[Float[Tensor, "P"], Float[Tensor, "P"]]:
@@ -254,14 +265,14 @@ def with_spread(stats: Mapping[str, float]) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------------- stages
 
 OF_DOCUMENTS: dict[str, Any] = {"block_items": 4, "settings": ("attend_across_documents",), "baseline": unigrams}
-OF_PAIRS: dict[str, Any] = {"mean_over": "num_examples", "segments": 2, "belongs_to": prompt_of}
+OF_PAIRS: dict[str, Any] = {"mean_over": "num_examples", "segments": 2, "settings": ("too_long",), "belongs_to": prompt_of}
 
 STAGES = {
     stage.name: stage
     for stage in (
         Stage("pretrain", read_stretches, encode_documents, next_token_loss, with_perplexity, **OF_DOCUMENTS),
         Stage("midtrain", read_stretches, encode_documents, next_token_loss, with_perplexity, **OF_DOCUMENTS),
-        Stage("sft", read_demonstrations, encode_row, next_token_loss, with_perplexity, settings=("separator",)),
+        Stage("sft", read_demonstrations, encode_row, next_token_loss, with_perplexity, settings=("separator", "too_long")),
         Stage("dpo", read_preferences, encode_pair, preference_loss, as_they_are, **OF_PAIRS),
         Stage("reward_model", read_preferences, encode_ranked, ranking_loss, with_spread, head="scalar", **OF_PAIRS),
     )

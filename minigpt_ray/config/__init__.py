@@ -41,6 +41,7 @@ from minigpt_ray.config.roles import MEETING_SECONDS, CriticConfig, GeneratorCon
 from minigpt_ray.config.supervised import (
     DocumentsConfig,
     DPOConfig,
+    ExamplesConfig,
     MidtrainConfig,
     ModelConfig,
     PreferencesConfig,
@@ -66,6 +67,7 @@ __all__ = [
     "DPOConfig",
     "DatasetConfig",
     "DocumentsConfig",
+    "ExamplesConfig",
     "EngineConfig",
     "EvaluateConfig",
     "EvaluationConfig",

@@ -172,10 +172,17 @@ class MidtrainConfig(DocumentsConfig):
         return self
 
 
-# ----------------------------------------------------------------------------------------------------- conversations
+# ----------------------------------------------------------------------------------------- conversations and pairs
 
 
-class SFTConfig(SupervisedConfig):
+class ExamplesConfig(SupervisedConfig):
+    """What the stages have whose examples are not split over windows."""
+
+    too_long: Literal["refuse", "drop"] = "refuse"
+    """An example longer than `window`: refuse to start, or leave it out; how many are left out is said."""
+
+
+class SFTConfig(ExamplesConfig):
     """python -m jobs.sft: supervised fine-tuning on Ray Train."""
 
     stage: ClassVar[str] = "sft"
@@ -186,10 +193,7 @@ class SFTConfig(SupervisedConfig):
     """For {"text"} rows: the answer begins behind the first occurrence of this string, the prompt ends before it."""
 
 
-# ----------------------------------------------------------------------------------------------------- preferences
-
-
-class PreferencesConfig(SupervisedConfig):
+class PreferencesConfig(ExamplesConfig):
     """What the stages that learn from preference pairs have."""
 
     default_data: ClassVar[str] = "preferences.jsonl"
@@ -204,7 +208,7 @@ class PreferencesConfig(SupervisedConfig):
     batch_size: PositiveInt = 16
     """Packed windows per optimizer step, over all workers."""
     window: PositiveInt = 256
-    """Tokens in a packed window; a pair has its window with both answers, and a longer one is refused."""
+    """Tokens in a packed window; a pair has both its answers in one."""
     validation_share: float = Field(default=0.05, ge=0, lt=1)
     """Share of the prompts, with all their pairs, kept for validation."""
 

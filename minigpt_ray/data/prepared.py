@@ -43,7 +43,9 @@ def check_unchanged(directory: Path, config: JobConfig, inputs: Mapping[str, str
         raise DataError(f"{directory} exists without a {MANIFEST}, so it was not written by this job; {REMEDY}")
     manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     before, now = _leaves(manifest["config"]), _leaves(relevant(config, indifferent))
-    differences = [f"{path}: {before.get(path)} then, {now.get(path)} now" for path in sorted(before | now) if before.get(path) != now.get(path)]
+    differences = [
+        f"{path}: {_quoted(before.get(path))} then, {_quoted(now.get(path))} now" for path in sorted(before | now) if before.get(path) != now.get(path)
+    ]
     if differences:
         raise DataError(f"{directory} was made by another config ({'; '.join(differences)}); {REMEDY}")
     for name, digest in inputs.items():
@@ -75,3 +77,8 @@ def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict) or not tree:
         return {path: tree}
     return {leaf: value for key, branch in tree.items() for leaf, value in _leaves(branch, f"{path}.{key}" if path else key).items()}
+
+
+def _quoted(value: Any) -> Any:
+    """A text in which no line ends."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) and not value.isprintable() else value

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from actors.dataset import Sources, StoredWindows, choose_validation, describe, prepare_windows
+from actors.dataset import Sources, StoredWindows, choose_validation, describe, left_out, prepare_windows
 from actors.stage_inputs import Files
 from minigpt_ray.config import PretrainConfig, RewardModelConfig, SFTConfig
 from minigpt_ray.data.packing import pack
@@ -108,6 +108,14 @@ def test_a_row_longer_than_the_window_is_refused_with_its_place(tokenizer, tmp_p
     path = demonstrations(tmp_path / "a.jsonl", ["short", "long " * 40])
     with pytest.raises(DataError, match=r"a\.jsonl:2: \d+ tokens .* window=96; raise window"):
         prepare_sft(path, tokenizer, tmp_path / "windows", window=96)
+
+
+def test_a_row_longer_than_the_window_is_left_out_and_counted_when_that_is_asked_for(tokenizer, tmp_path):
+    path = demonstrations(tmp_path / "a.jsonl", ["short", "long " * 40, "brief"])
+    directory = prepare_sft(path, tokenizer, tmp_path / "windows", window=96, too_long="drop")
+    train, validation = (Sources.load({"": directory}, part) for part in ("train", "validation"))
+    assert learnt(StoredWindows.load(directory / "train"), tokenizer) == ["brief", "short"]
+    assert left_out({"": directory}, train, validation) == 1
 
 
 def test_a_separator_cuts_text_into_prompt_and_answer_and_is_part_of_what_windows_are_made_from(tokenizer, tmp_path):
