@@ -83,7 +83,7 @@ def fit(ready: Ready) -> Path:
             f"{stage.name} {beginning}: {len(windows):,} windows of {config.window} tokens, {config.batch_size} a step, {config.num_workers} workers"
         )
         if isinstance(config, ExamplesConfig) and config.too_long == "drop":
-            tracker.message(f"too_long=drop: {left_out(stored, windows, validation):,} examples longer than {config.window} tokens are left out")
+            tracker.message(f"too_long=drop: {left_out(stored, windows, validation):,} rows of more than {config.window} tokens left out")
         tracker.message(f"data: {provenance(path for files in ready.sources.values() for path in files.paths)}")
         if baseline and not ready.start:
             tracker.log(0, baseline)
