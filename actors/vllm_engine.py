@@ -4,7 +4,7 @@ Runs in the worker's own process (no engine subprocess), on CPU and GPU by the s
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -37,8 +37,12 @@ class ModelPart:
     def load_tensors(self, tensors: list[tuple[str, Tensor]]) -> None:
         self.get_model().load_weights(iter(tensors))
 
-    def load_with(self, loader: Callable[..., T], args: tuple[Any, ...]) -> T:
-        return loader(self.rank, self.get_model().load_weights, *args)
+    def load_with(self, loader: Callable[..., T], args: tuple[Any, ...]) -> T | Exception:
+        """What it returns, or raises: from another process vLLM would hand on a RuntimeError with the text alone."""
+        try:
+            return loader(self.rank, self.get_model().load_weights, *args)
+        except Exception as error:
+            return error
 
 
 class VLLMEngine:
@@ -107,8 +111,11 @@ class VLLMEngine:
     def load_by(self, loader: Callable[..., T], *args: Any) -> list[T]:
         """Call `loader(part, load, *args)` in every tensor-parallel process; with one GPU or none that is this process."""
         results = self.llm.collective_rpc(ModelPart.load_with, args=(loader, args))
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
         self._forget()
-        return results
+        return cast(list[T], results)
 
     def _forget(self) -> None:
         """Drop what was computed with the old weights."""
