@@ -49,7 +49,7 @@ def environment(threads: int) -> dict[str, Any]:
             "VLLM_LOGGING_LEVEL": "ERROR",
             "TORCH_CPP_LOG_LEVEL": "ERROR",
             "TORCH_LOGS": "-torch._library.triton",  # errors alone: it warns that there is no Triton, as on any CPU
-            "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
+            "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning,ignore::UserWarning:multiprocessing.resource_tracker",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "PYTHONPATH": os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]),
             **{name: value for name, value in os.environ.items() if name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)},

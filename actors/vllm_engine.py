@@ -3,7 +3,9 @@
 Runs in the worker's own process (no engine subprocess), on CPU and GPU by the same code.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -25,6 +27,13 @@ CHUNK_BYTES = 256 << 20
 """Weights that are sent to tensor-parallel processes at a time."""
 
 
+@dataclass(frozen=True)
+class Failed:
+    """An exception of a part. vLLM would hand on one that is raised, or returned, in another process as a RuntimeError with its text."""
+
+    error: Exception
+
+
 class ModelPart:
     """What vLLM mixes into its worker, the object that holds one tensor-parallel part of the model in a process of its own.
 
@@ -37,12 +46,11 @@ class ModelPart:
     def load_tensors(self, tensors: list[tuple[str, Tensor]]) -> None:
         self.get_model().load_weights(iter(tensors))
 
-    def load_with(self, loader: Callable[..., T], args: tuple[Any, ...]) -> T | Exception:
-        """What it returns, or raises: from another process vLLM would hand on a RuntimeError with the text alone."""
+    def load_with(self, loader: Callable[..., T], args: tuple[Any, ...]) -> T | Failed:
         try:
             return loader(self.rank, self.get_model().load_weights, *args)
         except Exception as error:
-            return error
+            return Failed(error)
 
 
 class VLLMEngine:
@@ -52,6 +60,7 @@ class VLLMEngine:
         gpu = torch.cuda.is_available()
         special: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_utilization} if gpu else {"kv_cache_memory_bytes": config.kv_cache_mib << 20}
         if not gpu:
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else parts ask for a NUMA node each
             # vLLM would compile two small functions, for which it needs a C++ compiler and, the first time, 20 seconds.
             torch._dynamo.config.disable = True
             # A prompt that is read in parts makes vLLM turn back its sample's random generator, which a CPU generator cannot.
@@ -112,8 +121,8 @@ class VLLMEngine:
         """Call `loader(part, load, *args)` in every tensor-parallel process; with one GPU or none that is this process."""
         results = self.llm.collective_rpc(ModelPart.load_with, args=(loader, args))
         for result in results:
-            if isinstance(result, Exception):
-                raise result
+            if isinstance(result, Failed):
+                raise result.error
         self._forget()
         return cast(list[T], results)
 

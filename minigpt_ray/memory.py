@@ -56,8 +56,7 @@ class RoleMemory:
     @property
     def devices(self) -> int:
         """How many hold `parts`: the GPUs of a rank that is split over several count each."""
-        split = self.placement.tensor_parallel if isinstance(self.placement, GeneratorPlacement) else 1
-        return self.placement.ranks * split
+        return self.placement.ranks * _split(self.placement)
 
     @property
     def gib(self) -> float | None:
@@ -198,12 +197,23 @@ def _generator(config: PPOConfig | EvaluateConfig | GeneratePreferencesConfig, i
     if shape is None:
         return _unknown("generator", placement, init_from)
     parameters = shape.num_parameters()
-    weights = {"weights": parameters * BYTES[generator.dtype] / placement.tensor_parallel}
+    weights = {"weights": parameters * BYTES[generator.dtype] / _split(placement)}
     sequences = generator.max_num_seqs
     logits = {"activations": float(sequences * (shape.vocab_size or 0) * 4 * 2)}
     tokens = sequences * (config.data.max_prompt_tokens + config.sampling.max_tokens)
-    cache = {"cache": _cache(generator, placement, shape, tokens) / placement.tensor_parallel}  # heads are split
-    return _known("generator", placement, parameters, weights | logits | cache, _cache_note(generator, placement))
+    cache = {"cache": _cache(generator, placement, shape, tokens) / _split(placement)}  # heads are split
+    more = {"processes of its parts": placement.tensor_parallel * PROCESS_GIB["generator"] * GIB} if _parts_are_processes(placement) else {}
+    return _known("generator", placement, parameters, weights | logits | cache | more, _cache_note(generator, placement))
+
+
+def _split(placement: AnyPlacement) -> int:
+    """GPUs over which the model of a rank is split."""
+    return placement.tensor_parallel if isinstance(placement, GeneratorPlacement) and placement.gpus else 1
+
+
+def _parts_are_processes(placement: GeneratorPlacement) -> bool:
+    """Without GPUs the parts of a model share the memory of the host, each in a process beside the worker's own."""
+    return placement.tensor_parallel > 1 and not placement.gpus
 
 
 def _cache(generator: GeneratorConfig, placement: AnyPlacement, shape: ModelShape, tokens: int) -> float:

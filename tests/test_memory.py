@@ -62,6 +62,13 @@ def test_an_estimator_without_a_critic_needs_no_memory_for_one(run):
     assert names == ["generator", "policy", "reference", "rewards"]
 
 
+def test_a_model_that_is_split_without_gpus_is_in_one_host_s_memory_with_a_process_for_each_part(run):
+    whole, split = (
+        {role.name: role for role in estimate(read_config(PPOConfig, [*run, f"placement.generator.tensor_parallel={parts}"]))}["generator"] for parts in (1, 2)
+    )
+    assert split.gib == pytest.approx(whole.gib + 2 * whole.parts["process"]) and split.devices == whole.devices == 1
+
+
 def test_a_role_in_the_processes_of_another_costs_no_process_of_its_own(run):
     separate, shared = (read_config(PPOConfig, [*run, *more]) for more in ([], ["placement.colocate=[[policy, reference], [critic, rewards]]"]))
     before, after = ({role.name: role for role in estimate(config)} for config in (separate, shared))

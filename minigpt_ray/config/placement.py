@@ -48,7 +48,7 @@ class GeneratorPlacement(ProcessPlacement):
     autoscale: bool = False
     """Between min_workers and max_workers: a worker more after a step in which prompts waited for one, a worker less after three in which half the pool had nothing to do."""
     tensor_parallel: PositiveInt = 1
-    """GPUs over which one worker's model is split."""
+    """GPUs, or processes where there are none, over which one worker's model is split."""
 
     @property
     def ranks(self) -> int:
@@ -70,7 +70,7 @@ class GeneratorPlacement(ProcessPlacement):
 
     @model_validator(mode="after")
     def _a_gpu_for_each_part(self) -> "GeneratorPlacement":
-        if self.gpus != self.tensor_parallel and max(self.gpus, self.tensor_parallel) > 1:
+        if self.gpus and self.gpus != self.tensor_parallel and max(self.gpus, self.tensor_parallel) > 1:
             raise ValueError(
                 f"gpus={self.gpus:g} does not give every part of tensor_parallel={self.tensor_parallel} one whole GPU; set gpus={self.tensor_parallel} or change tensor_parallel"
             )
