@@ -96,7 +96,7 @@ def pods(job: RayJob) -> list[dict[str, Any]]:
     return [group.template.spec for group in (cluster.headGroupSpec, *cluster.workerGroupSpecs)]
 
 
-def validate_pod(spec: dict[str, Any]) -> None:
+def assert_is_a_pod(spec: dict[str, Any]) -> None:
     """By the schema of Kubernetes, as a pod, which is what an operator makes of it."""
     kubernetes_validate.validate(
         {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "ray"}, "spec": spec}, kubernetes_validate.latest_version(), strict=True
@@ -117,7 +117,7 @@ def test_the_manifest_has_the_fields_of_a_rayjob() -> None:
 
 def test_its_pods_are_what_kubernetes_takes() -> None:
     for pod in pods(RayJob.model_validate(MANIFEST)):
-        validate_pod(pod)
+        assert_is_a_pod(pod)
 
 
 def test_a_misspelt_field_is_refused() -> None:
@@ -126,7 +126,7 @@ def test_a_misspelt_field_is_refused() -> None:
         RayJob.model_validate(MANIFEST | {"spec": spec})
     pod = pods(RayJob.model_validate(MANIFEST))[0]
     with pytest.raises(kubernetes_validate.ValidationError, match="volumeMount"):
-        validate_pod(pod | {"containers": [{"name": "ray", "volumeMount": []}]})
+        assert_is_a_pod(pod | {"containers": [{"name": "ray", "volumeMount": []}]})
 
 
 def test_rays_autoscaler_reads_it_and_the_smallest_cluster_holds_configs_ppo() -> None:
