@@ -235,7 +235,11 @@ class Group(Generic[R]):
         self._building = [host.build.remote(self.role, self._build, *self._args) for host in self.hosts]
 
     def ready(self) -> None:
-        self._places = get_all(self._building, self._limit(RankHost.build, START_SECONDS))
+        """Wait until the rank objects are built; raises RoleLost when a process dies before."""
+        try:
+            self._places = get_all(self._building, self._limit(RankHost.build, START_SECONDS))
+        except ray.exceptions.RayActorError as death:
+            raise RoleLost(self.role, self._dead()) from death
 
     def _limit(self, method: Callable[..., Any], at_least: float = 0.0) -> Limit:
         """Of calls to all processes of this role, in their order: those that exceed it are ended. Calls to others may follow, which are let be."""
@@ -292,12 +296,16 @@ class Group(Generic[R]):
         return Pending(result)
 
     def _revive(self, death: Exception) -> None:
+        """Replace the processes, and those too that die while they start, as on a host that is gone and not yet known to be."""
         lost = RoleLost(self.role, self._dead())
         if self._restarts_left == 0 or self.cluster.with_a_learner(self.role):
             raise lost from death
         self._restarts_left -= 1
         logger.warning("%s; the role is started again and the call repeated", lost)
-        self.restart()
+        try:
+            self.restart()
+        except RoleLost as again:
+            self._revive(again)
 
     def _dead(self) -> str:
         """Which processes have died, and where; empty when Ray does not report any soon."""

@@ -75,7 +75,7 @@ class Training:
                 try:
                     self._commit(step(self.state))
                 except RoleLost as lost:
-                    self._rewind(lost)
+                    self._recover(lost)
 
     @contextmanager
     def _answering_sigterm(self) -> Iterator[None]:
@@ -151,6 +151,13 @@ class Training:
             write_resolved(self.config, directory)
             self.ready.checkpoints.commit(self.state.step)
         self._saved = self.state.step
+
+    def _recover(self, lost: RoleLost) -> None:
+        """Rewind, and again when a learner is lost while they start."""
+        try:
+            self._rewind(lost)
+        except RoleLost as again:
+            self._recover(again)
 
     def _rewind(self, lost: RoleLost) -> None:
         """Start both learners, and whoever shares their processes, again from the newest checkpoint."""

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from ray import cloudpickle
 
-from actors.group import Group, Pending, Rank, Shared, by_reference, covered_seconds, gather
+from actors.group import Group, Pending, Rank, RoleLost, Shared, by_reference, covered_seconds, gather
 from actors.placement import Cluster
 from actors.watchdog import START_SECONDS, collective_timeout
 from minigpt_ray.config import PlacementConfig, RolePlacement
@@ -165,6 +165,37 @@ def test_a_call_that_hangs_is_said_with_its_stack_and_its_process_counts_as_dead
 
 
 @pytest.mark.ray
+class Unlucky:
+    """A rank whose process dies in its first call, and whose successor while it is built."""
+
+    def __init__(self, rank: Rank, memory: Path) -> None:
+        self.memory = memory
+        self.lives = len(memory.read_text()) if memory.exists() else 0
+        if self.lives == 1:
+            self.die()
+
+    def die(self) -> None:
+        self.memory.write_text("x" * (self.lives + 1))
+        os._exit(1)
+
+    def live(self) -> int:
+        if self.lives == 0:
+            self.die()
+        return self.lives
+
+
+@pytest.mark.parametrize("restarts", [2, 1])
+def test_a_process_that_dies_while_it_is_built_in_the_place_of_another_is_replaced_too(ray_cluster: None, tmp_path: Path, restarts: int) -> None:
+    with Cluster(PlacementConfig(), {"unlucky": RolePlacement()}) as cluster:
+        group = Group(cluster, "unlucky", Unlucky, tmp_path / "lives", restarts=restarts)
+        group.ready()
+        if restarts == 2:
+            assert group.call(Unlucky.live).result() == [2] and group.restarts == 2
+        else:
+            with pytest.raises(RoleLost, match=r"unlucky rank 0 of 1 \(process \d+ on [\d.]+\) died"):
+                group.call(Unlucky.live).result()
+
+
 def test_a_call_that_may_take_long_is_ended_only_if_its_process_gives_no_sign_of_life(ray_cluster: None, caplog: pytest.LogCaptureFixture) -> None:
     """Slow is not dead: the calls of the rewards, all attempts of all sources, may take longer than others."""
     with Cluster(PlacementConfig(hang_after_s=2), {"rewards": RolePlacement()}) as cluster:
