@@ -168,11 +168,11 @@ class _Parent:
 
     def end_what_is_left(self) -> None:
         """Return when nothing that the driver has started is alive: by itself, or killed."""
-        if self._descendants_after(LEFTOVER_SECONDS):
+        if self._children_after(LEFTOVER_SECONDS):
             kill_children()
-            self._descendants_after(LEFTOVER_SECONDS)
+            self._children_after(LEFTOVER_SECONDS)
 
-    def _descendants_after(self, seconds: float) -> bool:
+    def _children_after(self, seconds: float) -> bool:
         """Whether there are some; returns as soon as there are none."""
         end = time.monotonic() + seconds
         while (left := reap() is not None) and time.monotonic() < end:

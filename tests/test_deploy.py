@@ -109,6 +109,8 @@ def test_the_manifest_has_the_fields_of_a_rayjob() -> None:
         assert group.minReplicas <= group.replicas <= group.maxReplicas
     for pod in pods(job):
         (container,) = pod["containers"]
+        assert container["image"] and container["resources"].keys() == {"limits", "requests"}
+        assert all(isinstance(amount, str) for amounts in container["resources"].values() for amount in amounts.values())
         assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
         secrets = [entry for entry in container["env"] if entry["name"] in ("WANDB_API_KEY", "HF_TOKEN")]
         assert secrets and all("value" not in entry for entry in secrets)

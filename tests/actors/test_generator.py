@@ -178,19 +178,19 @@ def test_an_engine_that_fails_ends_its_process_and_one_that_answers_nothing_is_r
     """The second worker answers every call, and no prompt: a wedged one. What it holds, the first one answers."""
     mortal.receive(published(updated(nano, change=0.02), version=5))
     expected = mortal.generate(PROMPTS, SAMPLED)
-    failed = spoil(mortal, 1, fails)
+    failed, number = spoil(mortal, 1, fails), mortal.workers[1].number
     children = psutil.Process(failed).children()
     assert tokens(mortal.generate(PROMPTS, SAMPLED)) == tokens(expected)
     mortal.ready()
     assert mortal.restarts == 1 and not psutil.pid_exists(failed) and children
     assert not any(child.is_running() and child.name() == "sleep" for child in children)
-    assert re.search(rf"generator worker \d \(process {failed} on [\d.]+\) died; a new one takes its place", caplog.text)
+    assert re.search(rf"generator worker {number} \(process {failed} on [\d.]+\) died; a new one takes its place", caplog.text)
 
     mortal.receive(published(updated(nano, change=0.02), version=6))
-    wedged = spoil(mortal, 1, takes_steps_that_lead_nowhere)
+    wedged, number = spoil(mortal, 1, takes_steps_that_lead_nowhere), mortal.workers[1].number
     while mortal.restarts == 1:
         assert tokens(mortal.generate(PROMPTS, SAMPLED)) == tokens(expected)
-    assert re.search(rf"generator worker \d \(process {wedged} on [\d.]+, \w+\) has been in GeneratorWorker\.work for 8 s", caplog.text)
+    assert re.search(rf"generator worker {number} \(process {wedged} on [\d.]+, \w+\) has been in GeneratorWorker\.work for 8 s", caplog.text)
 
 
 # ------------------------------------------------------------------------------------------ two workers with vLLM

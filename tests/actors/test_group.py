@@ -164,7 +164,6 @@ def test_a_call_that_hangs_is_said_with_its_stack_and_its_process_counts_as_dead
         )
 
 
-@pytest.mark.ray
 class Unlucky:
     """A rank whose process dies in its first call, and whose successor while it is built."""
 
@@ -184,6 +183,7 @@ class Unlucky:
         return self.lives
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("restarts", [2, 1])
 def test_a_process_that_dies_while_it_is_built_in_the_place_of_another_is_replaced_too(ray_cluster: None, tmp_path: Path, restarts: int) -> None:
     with Cluster(PlacementConfig(), {"unlucky": RolePlacement()}) as cluster:
@@ -196,6 +196,7 @@ def test_a_process_that_dies_while_it_is_built_in_the_place_of_another_is_replac
                 group.call(Unlucky.live).result()
 
 
+@pytest.mark.ray
 def test_a_call_that_may_take_long_is_ended_only_if_its_process_gives_no_sign_of_life(ray_cluster: None, caplog: pytest.LogCaptureFixture) -> None:
     """Slow is not dead: the calls of the rewards, all attempts of all sources, may take longer than others."""
     with Cluster(PlacementConfig(hang_after_s=2), {"rewards": RolePlacement()}) as cluster:

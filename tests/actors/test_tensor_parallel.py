@@ -5,49 +5,25 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 
 from actors.generator import Generator
 from actors.generator_worker import GeneratorWorker
-from actors.placement import Cluster
 from actors.policy import Policy, PolicyRank
 from actors.weights import TRANSPORTS, WeightsError
-from minigpt_ray.config import GeneratorConfig, GeneratorPlacement, PlacementConfig, PPOConfig, SamplingConfig, WeightsConfig
-from minigpt_ray.rl.experience import Prompt
+from minigpt_ray.config import GeneratorConfig, GeneratorPlacement, PlacementConfig
+from tests.actors.broadcasting import GREEDY, PROMPTS, corrupt, move, started, tokens
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PLACEMENT = PlacementConfig(generator=GeneratorPlacement(tensor_parallel=2))
-GREEDY = SamplingConfig(max_tokens=8, temperature=0)
-PROMPTS = [Prompt(i, ({"role": "user", "content": "?"},), np.arange(10 + i, 15 + i, dtype=np.int32), "source", None) for i in range(4)]
 
 
 @pytest.fixture(scope="module")
 def roles(ray_cluster: None, nano: Path) -> Iterator[tuple[Policy, Generator]]:
-    config = PPOConfig(policy={"init_from": str(nano)}, placement=PLACEMENT)
-    config = config.model_copy(update={"weights": WeightsConfig(transport="nccl", bucket_mib=1)})  # on CPUs a configuration refuses it
-    with Cluster(PLACEMENT, {"generator": PLACEMENT.generator, "policy": PLACEMENT.policy}) as cluster:
-        policy = Policy(cluster, config)
-        policy._bucket_bytes = 1 << 16  # several buckets of this small a model
-        generator = Generator(cluster, str(nano), GeneratorConfig(kv_cache_mib=16, max_num_seqs=16), 64, 2, 0, 1e-3)
-        policy.ready()
-        generator.ready()
-        yield policy, generator
-
-
-def change(policy: Policy) -> None:
-    """Move every weight."""
-
-    def move(rank: PolicyRank) -> None:
-        import torch
-
-        with torch.no_grad():
-            for parameter in rank.model.parameters():
-                parameter += 0.05 * torch.randn_like(parameter)
-
-    policy.call(move).result()
+    with started(nano, PLACEMENT, GeneratorConfig(kv_cache_mib=16, max_num_seqs=16), 64) as both:
+        yield both
 
 
 @pytest.mark.parametrize("transport", ["nccl", "object_store"])
@@ -61,25 +37,21 @@ def test_both_parts_compute_with_what_is_published(roles: tuple[Policy, Generato
     policy.call(travel_by).result()
     answers = []
     for version in (1, 2):
-        change(policy)
+        move(policy, 0.05)
         generator.receive(policy.publish(version))
         (received,) = generator.received
         assert received.version == version and received.probe_gap < 1e-5
-        answers.append([rollout.token_ids.tolist() for rollout in generator.generate(PROMPTS, GREEDY)])
+        answers.append(tokens(generator.generate(PROMPTS, GREEDY)))
     assert answers[0] != answers[1]
 
 
 def test_what_a_part_finds_wrong_is_told_as_what_it_is(roles: tuple[Policy, Generator]) -> None:
     """In a process of its own it finds a byte that has changed on the way."""
 
-    def corrupt(rank: PolicyRank) -> None:
-        rank.transport._buckets[1] = rank.transport._buckets[1].copy()  # type: ignore[attr-defined]
-        rank.transport._buckets[1][100] ^= 1  # type: ignore[attr-defined]
-
     policy, generator = roles
     policy.call(lambda rank: setattr(rank, "transport", TRANSPORTS["nccl"]())).result()
     publication = policy.publish(3)
-    policy.call(corrupt).result()
+    corrupt(policy)
     with pytest.raises(WeightsError, match=f"weights version 3 arrived with fingerprint .*, published was {publication.fingerprint}"):
         generator.receive(publication)
     generator.receive(policy.publish(4))

@@ -6,48 +6,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from actors.generator import Generator
 from actors.generator_worker import GeneratorWorker
-from actors.placement import Cluster
-from actors.policy import Policy, PolicyRank
+from actors.policy import Policy
 from actors.weights import WeightsError
-from minigpt_ray.config import GeneratorConfig, GeneratorPlacement, PlacementConfig, PPOConfig, SamplingConfig, WeightsConfig
-from minigpt_ray.rl.experience import Prompt, Rollout
+from minigpt_ray.config import GeneratorConfig, GeneratorPlacement, PlacementConfig
+from tests.actors.broadcasting import GREEDY, PROMPTS, corrupt, move, started, tokens
 
 pytestmark = pytest.mark.ray
 
 GENERATOR = GeneratorConfig(backend="transformers", restart_limit=1, sleep_between_phases=True)  # this engine gives back nothing, but forgets its version
 PLACEMENT = PlacementConfig(generator=GeneratorPlacement(workers=2))
-GREEDY = SamplingConfig(max_tokens=8, temperature=0)
-PROMPTS = [Prompt(i, ({"role": "user", "content": "?"},), np.arange(10 + i, 15 + i, dtype=np.int32), "source", None) for i in range(4)]
 
 
 @pytest.fixture(scope="module")
 def roles(ray_cluster: None, nano: Path) -> Iterator[tuple[Policy, Generator]]:
-    config = PPOConfig(policy={"init_from": str(nano)}, placement=PLACEMENT)
-    config = config.model_copy(update={"weights": WeightsConfig(transport="nccl", bucket_mib=1)})  # on CPUs a configuration refuses it
-    with Cluster(PLACEMENT, {"generator": PLACEMENT.generator, "policy": PLACEMENT.policy}) as cluster:
-        policy = Policy(cluster, config)
-        policy._bucket_bytes = 1 << 16  # several buckets of this small a model
-        generator = Generator(cluster, str(nano), GENERATOR, 32, 1, 0, 1e-3)
-        policy.ready()
-        generator.ready()
-        yield policy, generator
-
-
-def move(policy: Policy, change: float) -> None:
-    def add(rank: PolicyRank) -> None:
-        import torch
-
-        torch.manual_seed(0)
-        with torch.no_grad():
-            for parameter in rank.model.parameters():
-                parameter += change * torch.randn_like(parameter)
-
-    policy.call(add).result()
+    with started(nano, PLACEMENT, GENERATOR, 32) as both:
+        yield both
 
 
 def of_workers(generator: Generator, ask: Callable[[GeneratorWorker], Any]) -> list[Any]:
@@ -56,10 +33,6 @@ def of_workers(generator: Generator, ask: Callable[[GeneratorWorker], Any]) -> l
 
 def versions(generator: Generator) -> list[int]:
     return of_workers(generator, lambda worker: worker.version)
-
-
-def tokens(rollouts: list[Rollout]) -> list[list[int]]:
-    return [r.token_ids.tolist() for r in rollouts]
 
 
 def groups_of(generator: Generator) -> list[list[Any]]:
@@ -115,14 +88,9 @@ def test_a_new_worker_is_brought_up_to_date_and_then_belongs_to_the_group(roles:
 
 
 def test_a_byte_that_changes_on_the_way_is_found(roles: tuple[Policy, Generator]) -> None:
-    def corrupt(rank: PolicyRank) -> None:
-        buckets = rank.transport._buckets  # type: ignore[attr-defined]
-        buckets[1] = buckets[1].copy()
-        buckets[1][100] ^= 1
-
     policy, generator = roles
     publication = policy.publish(8)
-    policy.call(corrupt).result()
+    corrupt(policy)
     with pytest.raises(WeightsError, match=f"weights version 8 arrived with fingerprint .*, published was {publication.fingerprint}"):
         generator.receive(publication)
     assert versions(generator) == [-1, -1]
