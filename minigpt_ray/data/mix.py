@@ -30,6 +30,8 @@ DROPPED = (*READING, *CHOOSING)
 """Why a row was dropped: when it was read, when rows were chosen. `surplus`: more than its source was asked for."""
 LARGE_CLUSTER = 0.1
 """Share of a kind's rows in one cluster from which the split is told to be uneven."""
+LITTLE = 0.5
+"""Share of the rows that the weights let through, below which it is told why."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ def choose(spool: Spool, config: MixConfig) -> Choice:
         mine = [index for index, origin in enumerate(spool.origins) if origin.kind == kind]
         if not mine:
             continue
-        amounts = take([spool.origins[index] for index in mine], [len(available[index]) for index in mine])
+        sizes = [len(available[index]) for index in mine]
+        amounts = take([spool.origins[index] for index in mine], sizes)
         for index, amount in zip(mine, amounts, strict=True):
             dropped[index]["surplus"] = max(0, len(available[index]) - amount)
         taken = [_draw(spool.origins[index], available[index], amount, config.seed) for index, amount in zip(mine, amounts, strict=True)]
@@ -73,7 +76,7 @@ def choose(spool: Spool, config: MixConfig) -> Choice:
             raise DataError(
                 f"{kind}: of {read} rows that the filters let through none is left to train on, {len(aside[kind])} are held out; loosen the filters"
             )
-        notes += _uneven(kind, chosen, labels)
+        notes += _scarce([spool.origins[index] for index in mine], sizes, amounts) + _uneven(kind, _once(chosen), labels)
     return Choice(train, aside, dropped, notes)
 
 
@@ -154,6 +157,20 @@ def _joined_by(values: UInt64[np.ndarray, "R"]) -> Int64[np.ndarray, "P 2"]:
     _, begins, groups = np.unique(values, return_index=True, return_inverse=True)
     pairs = np.stack([begins[groups], np.arange(len(values))], axis=1)
     return pairs[pairs[:, 0] != pairs[:, 1]]
+
+
+def _scarce(origins: Sequence[Origin], available: Sequence[int], amounts: Sequence[int]) -> list[str]:
+    """A note when one source with a weight runs out so early that most rows of the others are left."""
+    weighted = [index for index, origin in enumerate(origins) if origin.source.weight is not None]
+    taken, there = (sum(numbers[index] for index in weighted) for numbers in (amounts, available))
+    if not weighted or origins[0].dataset.rows is not None or taken >= LITTLE * there:
+        return []
+    scarcest = min(weighted, key=lambda index: (origins[index].source.repeat, available[index] / (origins[index].source.weight or 1)))
+    origin, size = origins[scarcest], available[scarcest]
+    return [
+        f"{origin.kind}: {taken:,} of the {there:,} rows of the sources with a weight are taken, because {origin.path} ends after {size:,}; "
+        f"set its repeat=true, lower its weight={origin.source.weight:g}, or say how many are wanted with {origin.kind}.rows"
+    ]
 
 
 def _uneven(kind: str, chosen: Int64[np.ndarray, "N"], labels: Int64[np.ndarray, "R"]) -> list[str]:

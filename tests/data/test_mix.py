@@ -245,6 +245,18 @@ def test_a_cluster_that_makes_the_split_uneven_is_told(tmp_path: Path) -> None:
     assert choice.notes[0].startswith("demonstrations: 33% of the rows begin in the same or nearly the same way")
 
 
+def test_a_source_that_holds_the_others_back_is_told(tmp_path: Path) -> None:
+    sources = {name: file(tmp_path / f"{name}.jsonl", texts(count, begin)) | {"weight": 1} for name, count, begin in (("book", 3, 0), ("web", 90, 10))}
+    _, _, choice = made(tmp_path, 1, held_out=0, documents={"sources": sources})
+    assert choice.notes == [
+        "documents: 6 of the 93 rows of the sources with a weight are taken, because documents.sources.book ends after 3; "
+        "set its repeat=true, lower its weight=1, or say how many are wanted with documents.rows"
+    ]
+    sources["book"]["repeat"] = True
+    assert not made(tmp_path, 2, held_out=0, documents={"sources": sources})[2].notes
+    assert not made(tmp_path, 3, held_out=0, documents={"sources": sources | {"book": sources["book"] | {"repeat": False}}, "rows": 6})[2].notes
+
+
 # ----------------------------------------------------------------------------------------------- split and amounts
 
 
