@@ -37,11 +37,11 @@ class Checkpoints:
         self.directory, self.keep = directory, keep
 
     def begin(self, step: int) -> Path:
-        """An empty directory to write the checkpoint of `step` into."""
+        """An empty directory to write the checkpoint of `step` into; what killed processes left of this or other steps is removed."""
         partial = self.directory / f".{_name(step)}.partial"
         with naming(partial):
-            if partial.exists():  # what a killed process left
-                shutil.rmtree(partial)
+            for left in [*self.directory.glob(".step-*.partial"), *self.directory.glob(".step-*.replaced")]:
+                shutil.rmtree(left)
             partial.mkdir(parents=True)
         return partial
 
@@ -64,8 +64,9 @@ class Checkpoints:
             _sync(self.directory)
         shutil.rmtree(replaced, ignore_errors=True)
         steps = self.steps()
+        kept = [old for old in steps if old <= step][-self.keep :]
         for old in steps:
-            if old > step or old in steps[: -self.keep]:
+            if old not in kept:
                 shutil.rmtree(self.directory / _name(old))
         return final
 

@@ -49,6 +49,9 @@ def test_begin_empties_what_a_killed_process_left(tmp_path):
     (checkpoints.begin(3) / "stale").write_text("x")
     assert names(checkpoints.begin(3)) == []
     assert checkpoints.latest() is None
+    (tmp_path / ".step-000002.replaced").mkdir()
+    checkpoints.begin(7)
+    assert names(tmp_path) == [".step-000007.partial"]
 
 
 @pytest.mark.parametrize(
@@ -84,6 +87,16 @@ def test_a_step_that_is_taken_again_replaces_its_checkpoint_and_the_later_ones(t
     save(checkpoints, 20, text="other")
     assert names(tmp_path) == ["step-000010", "step-000020"]
     assert (tmp_path / "step-000020/policy/model.bin").read_text() == "other 20"
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_steps_that_are_taken_again_before_later_damaged_checkpoints_are_kept(tmp_path, keep):
+    checkpoints = Checkpoints(tmp_path, keep=keep)
+    for step in (4, 8, 12):
+        (save(checkpoints, step) / "state.json").write_text("")
+    assert checkpoints.latest() is None
+    assert save(checkpoints, 2) == checkpoints.latest()
+    assert names(tmp_path) == ["step-000002"]
 
 
 @pytest.mark.parametrize("failing", ["write_json_atomic", "_sync", "_entry"])
