@@ -223,7 +223,8 @@ class Group(Generic[R]):
         self.cluster, self.role, self._form_group = cluster, role, form_group
         self._build, self._args = build, args
         self._places: list[dict[str, Any]] = []
-        self._restarts_left, self.restarts = restarts, 0
+        self._restart_limit = self._restarts_left = restarts
+        self.restarts = 0
         self.usage = Usage()
         self.marks: list[Mark] = []
         """What happened to its processes, until somebody takes it."""
@@ -322,6 +323,10 @@ class Group(Generic[R]):
         self.close()
         self.start()
         self.ready()
+
+    def refill(self) -> None:
+        """The run has got further since processes were replaced, so as many may be replaced again."""
+        self._restarts_left = self._restart_limit
 
     def mark_restart(self) -> None:
         """Processes of the role are replaced."""

@@ -148,6 +148,10 @@ class Cluster:
         """Id of the node on which a process runs."""
         return str(record_of(host)["Address"]["NodeID"])
 
+    def is_gone(self, node: str) -> bool:
+        """Whether a node has left the cluster, by its id."""
+        return any(found["NodeID"] == node and not found["Alive"] for found in ray.nodes())
+
     def draining_nodes(self) -> set[str]:
         """Ids of the nodes that have announced their end: given up by the autoscaler, about to be taken away, or told so by `ray drain-node`."""
         return set(ray_state.state.get_draining_nodes())

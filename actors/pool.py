@@ -28,6 +28,10 @@ LOOK_SECONDS = 1.0
 """Between two looks for a request."""
 ROOM_SECONDS = 10.0
 """How long the cluster may take to make room before this is said; it goes on trying, since nodes may be on their way."""
+SAY_AGAIN_SECONDS = 60.0
+"""Between two times that this is said while there is no worker at all."""
+INCIDENT_SECONDS = 60.0
+"""Workers of one node that die within these are one incident."""
 
 
 @dataclass(eq=False)
@@ -50,6 +54,8 @@ class Worker:
     draining: bool = False
     """Its node has announced its end, and somebody else was started in its stead."""
     memory_bytes: int = 0
+    started: float = field(default_factory=time.monotonic)
+    """By the monotonic clock."""
     since: float = field(default_factory=time.monotonic)
     """When it was started, or began to load the weights that it loads, by the monotonic clock."""
     silent: float = 0.0
@@ -69,7 +75,7 @@ class Pool(Group[R]):
     """The role as the driver sees it. `workers` are built and can be called; `size` is how many there should be."""
 
     def __init__(self, cluster: Cluster, role: str, build: Callable[..., R], *args: Any, restarts: int) -> None:
-        """`restarts`: how often dead workers are replaced, together; after that OutOfRestarts is raised."""
+        """`restarts`: how often dead workers are replaced, together, until `refill`; after that the others go on without them, and the last one's death is an OutOfRestarts."""
         placement = cluster.roles[role]
         assert isinstance(placement, GeneratorPlacement)
         self.placement = placement
@@ -81,19 +87,24 @@ class Pool(Group[R]):
         self._numbers = 0
         self._asked: Callable[[], int | None] = lambda: None
         self._say: Callable[[str], object] = logger.warning
-        self._looked, self._room_is_missed = 0.0, False
+        self._looked, self._room_is_missed_at = 0.0, 0.0
+        self._was_ready = False
+        self._incident: tuple[str, float] = ("", 0.0)
+        """The node on which workers died last, and when the first of them did."""
         super().__init__(cluster, role, build, *args, restarts=restarts)
 
     def start(self) -> None:
         """Begin to build as many workers as the configuration says; with a part of a GPU only in `ready`, since they measure what others have left of it."""
         self.hosts = []
-        self._wishes = [_Wish(self.cluster.place(self.role), time.monotonic(), newcomer=False) for _ in range(self.size)]
+        for _ in range(self.size):
+            self._wish(newcomer=False)
         if self.placement.gpus == int(self.placement.gpus):
             self.advance()
 
     def ready(self) -> None:
-        """Wait until everybody who was asked for is there."""
-        self._advance_until(lambda: not self.on_their_way)
+        """Wait until everybody is there who was asked for, or the cluster has no room for those who are not."""
+        self._advance_until(lambda: not self._coming and (not self._wishes or bool(self.workers and len(self._late_wishes) == len(self._wishes))))
+        self._was_ready = True
 
     def _advance_until(self, enough: Callable[[], bool]) -> None:
         while not enough():
@@ -116,7 +127,7 @@ class Pool(Group[R]):
 
     def resize(self, size: int) -> None:
         """Be so many workers, in time: those that are too many leave, the youngest first; those that are missing are started."""
-        self.size, self._room_is_missed = size, False
+        self.size, self._room_is_missed_at = size, 0.0
         staying = [worker for worker in self.workers if not worker.draining]
         surplus = len(staying) + len(self._wishes) + len(self._coming) - size
         for wish in self._wishes[max(0, len(self._wishes) - max(0, surplus)) :]:
@@ -128,8 +139,8 @@ class Pool(Group[R]):
             surplus -= 1
         for age, worker in enumerate(staying):
             worker.leaving = age >= len(staying) - surplus
-        now = time.monotonic()
-        self._wishes += [_Wish(self.cluster.place(self.role), now, newcomer=True) for _ in range(-surplus)]
+        for _ in range(-surplus):
+            self._wish(newcomer=True)
 
     def advance(self, busy: Collection[int] = (), look: bool = False) -> None:
         """Take the next step with everybody who comes or goes, without waiting; workers with the numbers `busy` do not end.
@@ -146,23 +157,53 @@ class Pool(Group[R]):
         for built in ray.wait(list(self._coming), num_returns=len(self._coming), timeout=0)[0] if self._coming else []:
             self._arrive(self._coming.pop(built), built)
         for worker in [worker for worker in self.workers if worker.leaving and worker.number not in busy]:
-            self._end(worker)
-            self.left += 1
-            self.marks.append(Mark(f"{self.role} worker {worker.number} left", time.time()))
-            self._say(f"a {self.role} worker has left; workers now: {len(self.workers)}")
+            self._leave(worker)
+
+    def _leave(self, worker: Worker) -> None:
+        self._end(worker)
+        self.left += 1
+        self.marks.append(Mark(f"{self.role} worker {worker.number} left", time.time()))
+        self._say(f"a {self.role} worker has left; workers now: {len(self.workers)}")
 
     def replace(self, worker: Worker, death: Exception) -> None:
-        """Start another worker in the place of a dead one."""
-        if worker.draining:  # somebody is on the way already
-            self._end(worker)
+        """Start another worker for a dead one: in its place, or, when its node is gone, where the cluster makes room.
+
+        Those that died with one node cost one restart together. When none is left, the job goes on with the others.
+        """
+        if worker.leaving or worker.draining:  # nobody is to take its place, or somebody is on the way already
+            self._leave(worker)
             return
-        if self._restarts_left == 0:
-            raise OutOfRestarts(self.role, f"{self.role}.restart_limit") from death
-        self._restarts_left -= 1
+        died, node = f"{self._name(worker)} ({place_of(worker.host)}) died", worker.node or self.cluster.node_of(worker.host)
+        is_gone = self.cluster.is_gone(node)
+        if not self._is_one_incident(worker, node, is_gone):
+            if self._restarts_left == 0:
+                self._do_without(worker, died, death)
+                return
+            self._restarts_left -= 1
+            self._incident = node, time.monotonic()
         self.mark_restart()
-        logger.warning("%s (%s) died; a new one takes its place, and the others its prompts", self._name(worker), place_of(worker.host))
-        self._remove(worker)
-        self._start(worker.place, newcomer=False)
+        logger.warning("%s; a new one takes its place, and the others its prompts", died)
+        if is_gone:
+            self._end(worker)
+            self._wish(newcomer=False)
+        else:
+            self._remove(worker)
+            ray.kill(worker.host)  # it may have failed without a death of its process
+            self._start(worker.place, newcomer=False)
+
+    def _is_one_incident(self, worker: Worker, node: str, is_gone: bool) -> bool:
+        """Whether a death has the cause of the one before: with the same node, which is gone, or soon after another one on it."""
+        where, when = self._incident
+        return bool(node) and node == where and (is_gone or (worker.started < when and time.monotonic() - when < INCIDENT_SECONDS))
+
+    def _do_without(self, worker: Worker, died: str, death: Exception) -> None:
+        """No restart is left; raises OutOfRestarts when no other worker is either."""
+        limit = f"{self.role}.restart_limit"
+        if not any(other is not worker and not other.leaving for other in self.workers):
+            raise OutOfRestarts(self.role, limit) from death
+        self._end(worker)
+        self.size -= 1
+        self._say(f"{died}, and {limit} is used up until the next checkpoint; the job goes on with {self.size}")
 
     def name_of(self, index: int) -> str:
         return self._name(self.workers[index])
@@ -182,6 +223,14 @@ class Pool(Group[R]):
         for wish in self._wishes:
             self.cluster.keep(self.role, wish.place)
         self.workers, self._coming, self._wishes, self.hosts = [], {}, [], []
+
+    def _wish(self, newcomer: bool) -> None:
+        """Ask the cluster for room for one more worker."""
+        self._wishes.append(_Wish(self.cluster.place(self.role), time.monotonic(), newcomer))
+
+    @property
+    def _late_wishes(self) -> list[_Wish]:
+        return [wish for wish in self._wishes if time.monotonic() - wish.since > ROOM_SECONDS]
 
     def _revive(self, death: Exception) -> None:
         for worker in [worker for worker in self.workers if has_died(worker.host.address.remote())]:
@@ -206,31 +255,39 @@ class Pool(Group[R]):
         for worker in self.workers:
             if worker.node in ending and not worker.draining and not worker.leaving:
                 worker.draining = True
-                self._wishes.append(_Wish(self.cluster.place(self.role), time.monotonic(), newcomer=False))
+                self._wish(newcomer=False)
                 self._say(f"the node of {self.role} worker {worker.number} is about to end; another one is started elsewhere")
         if sum(not worker.draining for worker in self.workers) >= self.size:
             for worker in self.workers:
                 worker.leaving = worker.leaving or worker.draining
 
     def _miss_room(self) -> None:
-        """Say, once, that the cluster has no room for everybody."""
-        late = [wish for wish in self._wishes if time.monotonic() - wish.since > ROOM_SECONDS]
-        if late and not self._room_is_missed:
-            self._room_is_missed = True
+        """Say that the cluster has no room for everybody: once, but again and again while that keeps the job from going on."""
+        late = self._late_wishes
+        if not late:
+            self._room_is_missed_at = 0.0
+        elif not self._room_is_missed_at or (len(late) == self.size and time.monotonic() - self._room_is_missed_at > SAY_AGAIN_SECONDS):
+            self._room_is_missed_at = time.monotonic()
             needs = ", ".join(f"{amount:g} {name}" for name, amount in self.cluster.needs(self.role).items())
+            goes_on = f"the job goes on with {self.size - len(late)}, and the others join" if len(late) < self.size else "the job goes on"
             self._say(
-                f"the cluster has no room for {len(late)} of {self.size} {self.role} workers ({needs} each); the job goes on with "
-                f"{self.size - len(late)}, and the others join when nodes are added; on one machine set placement.{self.role}.max_workers before the start"
+                f"the cluster has no room for {len(late)} of {self.size} {self.role} workers ({needs} each); {goes_on} when nodes are added; "
+                f"on one machine set placement.{self.role}.max_workers before the start"
             )
 
     def _end_late(self) -> None:
         """End workers that are being built for too long: their calls fail as those of the dead."""
         seconds = max(self.cluster.config.hang_after_s, START_SECONDS)
-        late = [worker for worker in self._coming.values() if time.monotonic() - worker.since > seconds]
-        for worker in late:
+        for built, worker in list(self._coming.items()):
+            if time.monotonic() - worker.since <= seconds:
+                continue
             worker.since = time.monotonic()
-        if late:
-            self.cluster.end_hung({self._name(worker): worker.host for worker in late}, RankHost.build.__qualname__, seconds)
+            if place_of(worker.host) or worker.newcomer:
+                self.cluster.end_hung({self._name(worker): worker.host}, RankHost.build.__qualname__, seconds)
+            else:  # it has no process: its room went with a node, and another one may come
+                del self._coming[built]
+                self._end(worker)
+                self._wish(newcomer=False)
 
     def _start(self, place: Place, newcomer: bool) -> None:
         worker = Worker(self._numbers, place, self.cluster.host(self.role, self._numbers, place), newcomer)
@@ -242,12 +299,13 @@ class Pool(Group[R]):
         try:
             worker.whereabouts = ray.get(built)
         except ray.exceptions.RayError as error:
+            reason = first_line(error.cause if isinstance(error, ray.exceptions.RayTaskError) else error)
             if worker.newcomer:
                 self._end(worker)
                 self.size -= 1
-                reason = first_line(error.cause if isinstance(error, ray.exceptions.RayTaskError) else error)
                 self._say(f"a {self.role} worker that was to join could not start ({reason}); the job goes on with {self.size}")
-            elif isinstance(error, ray.exceptions.RayActorError):
+            elif self._was_ready or isinstance(error, ray.exceptions.RayActorError):
+                logger.warning("%s could not start (%s)", self._name(worker), reason)
                 self.replace(worker, error)
             else:
                 raise

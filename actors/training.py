@@ -65,7 +65,7 @@ class Training:
         """Take the steps that are left.
 
         When a learner's process dies, both learners start again from the newest checkpoint, and the prompts and the
-        metrics go back with them; OutOfRestarts is raised once restart_limit is used up. At SIGTERM the last whole step is
+        metrics go back with them; OutOfRestarts is raised once restart_limit is used up between two checkpoints. At SIGTERM the last whole step is
         committed and the process ends with 0: at once, or, while the models stand between two steps, after the step.
         """
         with self._answering_sigterm():
@@ -151,6 +151,9 @@ class Training:
             write_resolved(self.config, directory)
             self.ready.checkpoints.commit(self.state.step)
         self._saved = self.state.step
+        self._rewinds_left = self.config.restart_limit
+        for role in self.roles:
+            role.refill()
 
     def _recover(self, lost: RoleLost) -> None:
         """Rewind, and again when a learner is lost while they start."""

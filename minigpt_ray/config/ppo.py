@@ -57,7 +57,7 @@ class PPOConfig(TrainingConfig):
     placement: PlacementConfig = PlacementConfig()
     """Who runs where."""
     restart_limit: NonNegativeInt = 3
-    """How often the processes of a role are replaced when one of them dies, before the run stops: those of a frozen role at once, the learners' together, from the newest checkpoint."""
+    """How often, between two checkpoints, the processes of a role are replaced when one of them dies, before the run stops: those of a frozen role at once, the learners' together, from the newest checkpoint."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Held-out evaluation."""
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -73,7 +73,7 @@ class GeneratorConfig(Config):
     sleep_between_phases: bool = False
     """vLLM sleep mode after every generation, for a GPU that is shared; the weights are loaded again afterwards (GPU only)."""
     restart_limit: NonNegativeInt = 3
-    """How often a dead worker is replaced before the run stops."""
+    """How often, between two checkpoints, dead workers are replaced, those that die with one node once together; after that the run goes on with the others, and stops when the last one dies."""
 
 
 MEETING_SECONDS = 300.0

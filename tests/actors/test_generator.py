@@ -149,6 +149,13 @@ def test_a_worker_that_is_killed_or_hangs_is_replaced_and_the_tokens_are_the_sam
     assert stopped not in pids(mortal) and mortal.usage_metrics(1.0)["restarts/generator"] == 2
     assert re.search(rf"generator worker \d \(process {stopped} on [\d.]+, stopped\) has been in GeneratorWorker\.(work|receive) for 8 s", caplog.text)
 
+    kill(mortal, 0)  # no restart is left: the other one answers alone
+    assert tokens(mortal.generate(PROMPTS, sampling)) == tokens(expected)
+    assert mortal.size == len(mortal.workers) == 1 and mortal.restarts == 2
+    assert re.search(
+        r"generator worker \d \(process \d+ on [\d.]+\) died, and generator\.restart_limit is used up until the next checkpoint; the job goes on with 1",
+        caplog.text,
+    )
     kill(mortal, 0)
     with pytest.raises(OutOfRestarts, match=r"processes of generator died more often than generator\.restart_limit allows"):
         mortal.generate(PROMPTS, sampling)

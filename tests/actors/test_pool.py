@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,6 +143,33 @@ def test_a_newcomer_that_cannot_start_is_given_up(elastic: Elastic, monkeypatch:
     assert generator.size == 1 and tokens(generator.generate(PROMPTS, SAMPLING)) == elastic.alone
 
 
+def test_a_worker_that_cannot_start_in_the_place_of_another_counts_as_one_that_died(elastic: Elastic, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, start = elastic.generator, elastic.generator._start
+    built = [no_model, generator._build]
+
+    def start_next(*args: Any, **kwargs: Any) -> None:
+        generator._build = built.pop(0)
+        start(*args, **kwargs)
+
+    monkeypatch.setattr(generator, "_start", start_next)
+    before = generator.restarts
+    os.kill(elastic.pids[0], signal.SIGKILL)
+    assert tokens(generator.generate(PROMPTS, SAMPLING)) == elastic.alone
+    assert not built and generator.restarts == before + 2
+    generator.refill()
+
+
+def test_a_worker_that_dies_while_it_leaves_is_not_replaced(elastic: Elastic) -> None:
+    generator = elastic.generator
+    generator.resize(2)
+    generator.ready()
+    generator.resize(1)
+    before, left = generator.restarts, generator.left
+    generator.replace(generator.workers[1], RuntimeError())
+    assert (generator.restarts, generator.left) == (before, left + 1) and len(generator.workers) == 1 and not generator.on_their_way
+    assert tokens(generator.generate(PROMPTS, SAMPLING)) == elastic.alone
+
+
 def never_built(*_: object) -> GeneratorWorker:
     threading.Event().wait()
     raise AssertionError
@@ -218,10 +246,10 @@ def test_a_number_outside_the_bounds_is_refused_by_the_job_as_well(elastic: Elas
 
 
 @contextmanager
-def away() -> Iterator[str]:
+def away(cpus: int = 1) -> Iterator[str]:
     """One more node of the cluster, labelled `zone=away`; its id."""
     address = ray.get_runtime_context().gcs_address
-    options = RayParams(gcs_address=address, num_cpus=1, labels={"zone": "away"}, object_store_memory=100_000_000)
+    options = RayParams(gcs_address=address, num_cpus=cpus, labels={"zone": "away"}, object_store_memory=100_000_000)
     node = Node(options, head=False, shutdown_at_exit=False, spawn_reaper=False)  # `ray start` would make it the machine's own cluster
     try:
         while not any(found["Alive"] and found["NodeID"] == node.node_id for found in ray.nodes()):
@@ -264,3 +292,33 @@ def test_a_node_that_joins_is_used_and_one_that_announces_its_end_is_left_before
             assert tokens(generator.generate(PROMPTS, SAMPLING)) == elastic.alone
         assert said[1:] == ["the node of generator worker 0 is about to end; another one is started elsewhere", "a generator worker has left; workers now: 1"]
         assert generator.restarts == 0
+
+
+def test_workers_that_die_with_their_node_cost_one_restart_and_come_back_when_there_is_room(
+    ray_cluster: None, nano: Path, elastic: Elastic, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first node is gone for good; for a while there is no worker at all."""
+    monkeypatch.setattr(pool, "ROOM_SECONDS", 0.0)
+    monkeypatch.setattr(pool, "SAY_AGAIN_SECONDS", 1.0)
+    placement = PlacementConfig(generator=GeneratorPlacement(workers=2, labels={"zone": "away"}))
+    with ExitStack() as nodes:
+        first = ExitStack()
+        nodes.enter_context(first)
+        gone = first.enter_context(away(cpus=2))
+        cluster = nodes.enter_context(Cluster(placement, {"generator": placement.generator}))
+        config = GeneratorConfig(backend="transformers", max_num_seqs=8, restart_limit=1)
+        generator = Generator(cluster, str(nano), config, 64, 1, seed=3, probe_tolerance=1e-3)
+        generator.ready()
+        generator.receive(published(load_causal(str(nano), "float32").eval(), version=1))
+        assert [worker.node for worker in generator.workers] == [gone, gone]
+        first.close()
+        coming = threading.Timer(3.0, lambda: nodes.enter_context(away(cpus=2)))
+        coming.start()
+        assert tokens(generator.generate(PROMPTS, SAMPLING)) == elastic.alone
+        coming.join()
+        generator.ready()
+        assert generator.size == len(generator.workers) == 2 and generator.restarts == 2 and generator._restarts_left == 0
+        assert gone not in [worker.node for worker in generator.workers]
+        assert "the cluster has no room for 2 of 2 generator workers (1 CPU each); the job goes on when nodes are added" in caplog.text
+        generator.refill()
+        assert generator._restarts_left == 1
