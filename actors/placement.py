@@ -19,7 +19,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.group import PULSE, RankHost, get_all
-from actors.preflight import PlacementError, bundle, preflight
+from actors.parent import driver_restarts
+from actors.preflight import PlacementError, bundle, in_order, preflight, table
 from actors.watchdog import START_SECONDS, Limit, end_hung, record_of
 from minigpt_ray.config import AnyPlacement, AnyReward, GeneratorPlacement, ModelReward, PlacementConfig, RolePlacement
 from minigpt_ray.flops import cpu_peak_flops, gpu_peak_flops
@@ -28,6 +29,9 @@ from minigpt_ray.imports import without_collection
 logger = logging.getLogger(__name__)
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+
+RESERVE_SECONDS = 30.0
+"""How long Ray may take to reserve room that is there."""
 
 PASSED_ON = ("CUDA_HOME", "HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE")
 PASSED_ON_PREFIXES = ("GLOO_", "MALLOC_", "NCCL_")
@@ -80,6 +84,13 @@ def _reward_roles(config: PlacementConfig, rewards: Mapping[str, AnyReward]) -> 
     return {"rewards": RolePlacement(), **{f"reward_model_{i}": config.reward_model for i in range(models)}}
 
 
+def _needed(role: AnyPlacement) -> AnyPlacement:
+    """What must be there for a job to begin: of a pool, when a driver follows a dead one, the fewest workers; the others join when there is room."""
+    if isinstance(role, GeneratorPlacement) and driver_restarts():
+        return role.model_copy(update={"workers": role.min_workers})
+    return role
+
+
 @dataclass(frozen=True)
 class Place:
     """Room for one process: a bundle of a placement group."""
@@ -113,16 +124,23 @@ class Cluster:
         self._groups: set[PlacementGroup] = set()
         rooms = [(r.room if isinstance(r, GeneratorPlacement) else r.ranks) * r.cpus for r in roles.values()]
         own = connect(config.address, cpus=sum(rooms))
-        preflight(roles, memory if config.check_memory else None, config.wait_seconds, own)
-        self._places = {name: self._reserve(name, role.ranks) for name, role in roles.items()}
+        memory, needed = (memory or {}) if config.check_memory else {}, {name: _needed(role) for name, role in roles.items()}
+        preflight(needed, memory, config.wait_seconds, own)
+        try:
+            self._places = {name: self._reserve(name, needed[name].ranks) for name in in_order(needed, memory)}
+        except PlacementError as error:
+            self.close()
+            raise PlacementError("\n".join([str(error), *table(needed, memory)])) from None
 
     def _reserve(self, name: str, ranks: int) -> list[Place]:
-        """Places for all processes of a role; those of a pool have a placement group each, since they are given back one by one."""
-        role = self.roles[name]
-        sizes = [1] * ranks if isinstance(role, GeneratorPlacement) else [ranks]
+        """Places for the processes of a role; those of a pool have a placement group each, since they are given back one by one."""
+        sizes = [1] * ranks if isinstance(self.roles[name], GeneratorPlacement) else [ranks]
         groups = [self._group(name, size) for size in sizes]
-        if not all(group.wait(60) for group in groups):
-            raise PlacementError(f"placement.{name}: no node has room for {ranks} x {bundle(role)}; see `ray status`")
+        if not all(group.wait(RESERVE_SECONDS) for group in groups):
+            raise PlacementError(
+                f"Ray found no room for placement.{name} beside the roles that came before it, though there was some; "
+                "give every role the labels of the nodes that are meant for it, or free what others took meanwhile"
+            )
         return [Place(group, bundle, group.ready()) for group, size in zip(groups, sizes, strict=True) for bundle in range(size)]
 
     def _group(self, name: str, size: int) -> PlacementGroup:

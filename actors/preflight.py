@@ -11,14 +11,14 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import ray
 from ray._private.state import available_resources_per_node
 from ray.autoscaler.sdk import request_resources
 
 from actors.parent import driver_restarts
-from minigpt_ray.config import AnyPlacement
+from minigpt_ray.config import AnyPlacement, RolePlacement
 from minigpt_ray.memory import GIB
 
 logger = logging.getLogger(__name__)
@@ -52,20 +52,39 @@ class Node:
     """Memory that Ray counts on this node."""
     gpu_gib: float | None
     """Memory of one GPU, None where it is not known."""
+    gpus: list[float] = field(default_factory=list)
+    """What is left of each GPU with something left, as far as it can be known: Ray tells their sum."""
+
+    def __post_init__(self) -> None:
+        whole, part = divmod(self.free.get("GPU", 0.0), 1)
+        self.gpus = self.gpus or [1.0] * int(whole) + [round(part, DECIMALS)] * (part > 0)
 
     def take(self, role: AnyPlacement, gib: float) -> bool:
         """Put a rank here, if it fits. `gib`: of its GPU, or of the host where it has none; 0 where it is not known."""
         needs = bundle(role)
         host = 0.0 if role.gpus else gib
-        if any(self.free.get(name, 0.0) < amount for name, amount in needs.items()) or host > self.gib:
+        gpus = taken(self.gpus, role.gpus)
+        if any(self.free.get(name, 0.0) < amount for name, amount in needs.items()) or gpus is None or host > self.gib:
             return False
         if role.gpus and self.gpu_gib is not None and gib > self.gpu_gib:
             return False
         if not all(selects(wanted, self.labels.get(key)) for key, wanted in role.labels.items()):
             return False
         self.free |= {name: round(self.free[name] - amount, DECIMALS) for name, amount in needs.items()}
-        self.gib -= host
+        self.gib, self.gpus = self.gib - host, gpus
         return True
+
+
+def taken(gpus: list[float], amount: float) -> list[float] | None:
+    """What is left of each GPU after so many, or a part of one, are taken; None where they have not enough left."""
+    if 0 < amount < 1:
+        fullest = min((left for left in gpus if left >= amount), default=None)
+        if fullest is None:
+            return None
+        index = gpus.index(fullest)
+        return [*gpus[:index], round(fullest - amount, DECIMALS), *gpus[index + 1 :]]
+    whole = [index for index, left in enumerate(gpus) if left == 1]
+    return None if len(whole) < amount else [left for index, left in enumerate(gpus) if index not in whole[: int(amount)]]
 
 
 def bundle(role: AnyPlacement) -> dict[str, float]:
@@ -97,10 +116,25 @@ def living_nodes() -> list[Node]:
 
 
 def room(roles: Mapping[str, AnyPlacement], memory: Mapping[str, float], nodes: list[Node]) -> dict[str, int]:
-    """For how many ranks of each role there is room, those that need most being placed first. Uses up `nodes`."""
-    order = sorted(roles, key=lambda name: (roles[name].gpus, roles[name].cpus, memory.get(name, 0.0)), reverse=True)
-    found = {name: sum(any(node.take(roles[name], memory.get(name, 0.0)) for node in nodes) for _ in range(roles[name].ranks)) for name in order}
+    """For how many ranks of each role there is room, taken in turn by `in_order`. Uses up `nodes`."""
+    found = {
+        name: sum(any(node.take(roles[name], memory.get(name, 0.0)) for node in nodes) for _ in range(roles[name].ranks)) for name in in_order(roles, memory)
+    }
     return {name: found[name] for name in roles}
+
+
+def in_order(roles: Mapping[str, AnyPlacement], memory: Mapping[str, float]) -> list[str]:
+    """The roles in the order in which they get their places: those that few nodes can hold first, so the largest.
+
+    On GPUs the ranks of learners and frozen roles, which should stay together, come before the workers of a pool, which may be anywhere.
+    """
+
+    def needs(name: str) -> tuple[float, ...]:
+        role = roles[name]
+        stays = isinstance(role, RolePlacement)
+        return bool(role.labels or role.resources), max(role.gpus, 1), stays and role.gpus > 0, role.gpus, role.cpus, stays, memory.get(name, 0.0)
+
+    return sorted(roles, key=needs, reverse=True)
 
 
 def preflight(
@@ -120,11 +154,20 @@ def preflight(
     if driver_restarts():
         wait_seconds = max(wait_seconds, FREED_SECONDS)
     needs = [role for role in roles.values() for _ in range(role.ranks)]
-    request_resources(bundles=[bundle(role) for role in needs], bundle_label_selectors=[dict(role.labels) for role in needs])
+    used = _used()  # what is asked for is what the whole cluster should have, others' part included
+    request_resources(bundles=[*map(bundle, needs), *used], bundle_label_selectors=[*(dict(role.labels) for role in needs), *({} for _ in used)])
     try:
         _wait(roles, memory or {}, min(OWN_SECONDS, wait_seconds) if own else wait_seconds, section)
     finally:
         request_resources(bundles=[])
+
+
+def _used() -> list[dict[str, float]]:
+    """CPUs and GPUs of each node that others hold."""
+    free = available_resources_per_node()
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    held = [{name: node["Resources"].get(name, 0.0) - free.get(node["NodeID"], {}).get(name, 0.0) for name in ("CPU", "GPU")} for node in nodes]
+    return [amounts for of_node in held if (amounts := {name: amount for name, amount in of_node.items() if amount > 0})]
 
 
 def _wait(roles: Mapping[str, AnyPlacement], memory: Mapping[str, float], seconds: float, section: str) -> None:
@@ -135,7 +178,7 @@ def _wait(roles: Mapping[str, AnyPlacement], memory: Mapping[str, float], second
         if left <= 0:
             less = "ask for less under `placement`" if section else "ask for fewer workers, CPUs or GPUs"
             remedy = f"{less}, add nodes, or raise {section}wait_seconds={seconds:g} where they are still coming"
-            raise PlacementError("\n".join([f"the cluster cannot hold this job: {shortage}; {remedy}", *_table(roles, memory)]))
+            raise PlacementError("\n".join([f"the cluster cannot hold this job: {shortage}; {remedy}", *table(roles, memory)]))
         if time.monotonic() - say >= SAY_EVERY_SECONDS:
             logger.warning("waiting for room: %s; %.0f s left of %swait_seconds=%g", shortage, left, section, seconds)
             say = time.monotonic()
@@ -162,7 +205,7 @@ def _shortage(roles: Mapping[str, AnyPlacement], memory: Mapping[str, float]) ->
     return f"{where} on any node"
 
 
-def _table(roles: Mapping[str, AnyPlacement], memory: Mapping[str, float]) -> list[str]:
+def table(roles: Mapping[str, AnyPlacement], memory: Mapping[str, float]) -> list[str]:
     """Asked, role by role, and free, node by node."""
     nodes = living_nodes()
     lines = [f"    {node.address:<16} free: {_amounts(node.free)}, {node.gib:.1f} GiB{_labels(node.labels)}" for node in nodes[:LONGEST_TABLE]]

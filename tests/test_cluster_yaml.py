@@ -1,6 +1,8 @@
 """cluster.yaml: what Ray's own schema accepts, and enough for the job that it is written for."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,48 @@ def test_the_smallest_cluster_holds_configs_ppo() -> None:
     for resource, asked in (("CPU", sum(r.ranks * r.cpus for r in roles)), ("GPU", sum(r.ranks * r.gpus for r in roles))):
         present = sum(node["min_workers"] * node["resources"][resource] for node in WORKERS.values())
         assert asked <= present, f"configs/ppo.yaml asks for {asked} {resource}, the smallest cluster has {present}"
+
+
+PLACES = """
+import collections, json, sys
+import ray
+from ray.cluster_utils import Cluster as Nodes
+from ray.util import placement_group_table
+from actors.placement import Cluster, roles_of
+from actors.preflight import PlacementError
+from minigpt_ray.cli import read_config
+from minigpt_ray.config import PPOConfig
+
+nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 0})
+kinds = {}
+for name, kind in json.loads(sys.argv[1]).items():
+    for _ in range(kind["min_workers"]):
+        node = nodes.add_node(num_cpus=kind["resources"]["CPU"], num_gpus=kind["resources"]["GPU"], labels=kind["labels"], object_store_memory=100_000_000)
+        kinds[node.node_id] = name
+for labels in ([], ["placement.policy.labels={role: learner}"], [f"placement.{role}.labels={{role: learner}}" for role in ("policy", "critic", "reference")]):
+    config = read_config(PPOConfig, ["configs/ppo.yaml", "placement.wait_seconds=30", f"placement.address={nodes.address}", *labels])
+    with Cluster(config.placement, roles_of(config.placement, config.rewards)) as cluster:
+        where = {}
+        for role, places in cluster._places.items():
+            tables = [placement_group_table(place.group)["bundles_to_node_id"][place.bundle] for place in places]
+            where[role] = dict(collections.Counter(kinds[node] for node in tables))
+        print(json.dumps(where))
+ray.shutdown()
+nodes.shutdown()
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_on_the_smallest_cluster_learners_and_generators_have_their_own_nodes_whether_they_ask_for_labels_or_not() -> None:
+    """Real nodes of Ray that say that they have GPUs; places alone, no process of a role."""
+    done = subprocess.run([sys.executable, "-c", PLACES, json.dumps(WORKERS)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(found) == 3
+    for where in found:
+        assert where.pop("rewards").keys() <= {"learner", "generator"}
+        assert where == {"policy": {"learner": 2}, "critic": {"learner": 1}, "reference": {"learner": 1}, "generator": {"generator": 4}}
 
 
 def test_every_node_installs_from_the_lock_and_asks_for_the_token() -> None:

@@ -22,6 +22,8 @@ from ray._private.parameter import RayParams
 from actors import pool
 from actors.generator import Generation, Generator
 from actors.generator_worker import GeneratorWorker
+from actors.group import Rank
+from actors.parent import RESTARTS
 from actors.placement import Cluster
 from minigpt_ray.config import GeneratorConfig, GeneratorPlacement, PlacementConfig, SamplingConfig
 from minigpt_ray.models import load_causal
@@ -292,6 +294,29 @@ def test_a_node_that_joins_is_used_and_one_that_announces_its_end_is_left_before
             assert tokens(generator.generate(PROMPTS, SAMPLING)) == elastic.alone
         assert said[1:] == ["the node of generator worker 0 is about to end; another one is started elsewhere", "a generator worker has left; workers now: 1"]
         assert generator.restarts == 0
+
+
+class Idle:
+    def __init__(self, rank: Rank) -> None:
+        pass
+
+
+def test_a_driver_that_follows_a_dead_one_begins_with_the_workers_for_which_there_is_room(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(RESTARTS, "1")
+    monkeypatch.setattr(pool, "ROOM_SECONDS", 0.5)
+    placement = PlacementConfig(generator=GeneratorPlacement(workers=2, labels={"zone": "away"}))
+    with away() as first, Cluster(placement, {"generator": placement.generator}) as cluster:
+        workers, said = pool.Pool(cluster, "generator", Idle, restarts=0), list[str]()
+        workers._say = said.append
+        workers.ready()
+        assert [worker.node for worker in workers.workers] == [first] and workers.size == 2
+        assert said[0].startswith(
+            "the cluster has no room for 1 of 2 generator workers (1 CPU each); the job goes on with 1, and the others join when nodes are added"
+        )
+        with away() as second:
+            while workers.on_their_way:
+                workers.advance()
+            assert [worker.node for worker in workers.workers] == [first, second]
 
 
 def test_workers_that_die_with_their_node_cost_one_restart_and_come_back_when_there_is_room(

@@ -12,8 +12,8 @@ import ray
 from actors import preflight as preflight_module
 from actors.parent import RESTARTS
 from actors.placement import Cluster
-from actors.preflight import Node, PlacementError, preflight, room, selects
-from minigpt_ray.config import PlacementConfig, RolePlacement
+from actors.preflight import Node, PlacementError, in_order, preflight, room, selects
+from minigpt_ray.config import AnyPlacement, GeneratorPlacement, PlacementConfig, RolePlacement
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -50,6 +50,26 @@ def test_a_rank_needs_everything_on_one_node() -> None:
 def test_fractions_that_make_a_whole_gpu_fit_on_one() -> None:
     shares = {"policy": 0.4, "critic": 0.4, "generator": 0.2}
     assert room({name: RolePlacement(gpus=share) for name, share in shares.items()}, {}, [node(gpus=1)]) == dict.fromkeys(shares, 1)
+
+
+def test_a_part_of_a_gpu_is_not_put_together_of_what_two_have_left() -> None:
+    assert room({"policy": RolePlacement(ranks=3, gpus=0.6)}, {}, [node(gpus=2)]) == {"policy": 2}
+    roles = {"policy": RolePlacement(gpus=0.5), "critic": RolePlacement(gpus=0.3), "generator": GeneratorPlacement(gpus=2, tensor_parallel=2)}
+    assert room(roles, {}, [node(gpus=3)]) == {"policy": 1, "critic": 1, "generator": 1}
+    assert room(roles, {}, [node(gpus=2.7)]) == {"policy": 1, "critic": 0, "generator": 1}
+
+
+def test_who_can_be_held_by_few_nodes_comes_first_and_a_pool_after_learners() -> None:
+    gpu = {"cpus": 4, "gpus": 1}
+    roles: dict[str, AnyPlacement] = {
+        "generator": GeneratorPlacement(cpus=8, gpus=1),
+        "policy": RolePlacement(**gpu),
+        "rewards": RolePlacement(),
+        "reference": RolePlacement(**gpu, labels={"zone": "a"}),
+    }
+    assert in_order(roles, {}) == ["reference", "policy", "generator", "rewards"]
+    assert in_order({**roles, "generator": GeneratorPlacement(gpus=4, tensor_parallel=4)}, {}) == ["reference", "generator", "policy", "rewards"]
+    assert in_order({"policy": RolePlacement(), "generator": GeneratorPlacement(cpus=8)}, {}) == ["generator", "policy"]
 
 
 def test_the_largest_ranks_are_placed_first() -> None:
@@ -169,3 +189,13 @@ def test_on_several_nodes_roles_go_where_their_labels_and_resources_are_and_a_no
     assert policy.endswith("2 x 1 CPU, 0 GPU, role=learner; room for 2") and generator.endswith("2 x 1 CPU, 0 GPU, 1 engine; room for 0")
     assert len(nodes) == 2 and any(line.endswith("role=learner") for line in nodes)
     assert "waiting for room: 6 CPU asked and 4 free" in done.stderr and "s left of placement.wait_seconds=100" in done.stderr
+
+
+@pytest.mark.ray
+def test_an_autoscaler_is_asked_for_what_others_hold_as_well(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It compares what is asked with the whole cluster, not with what is free."""
+    asked: list[list[dict[str, float]]] = []
+    monkeypatch.setattr(preflight_module, "request_resources", lambda bundles, bundle_label_selectors=(): asked.append(bundles))
+    with Cluster(PlacementConfig(), {"policy": RolePlacement(ranks=2)}), pytest.raises(PlacementError):
+        Cluster(PlacementConfig(wait_seconds=0), {"critic": RolePlacement(cpus=1000)})
+    assert asked == [[{"CPU": 1000.0}, {"CPU": 2.0}], []]
