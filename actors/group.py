@@ -6,6 +6,7 @@ never its name, and gets a Pending back.
 """
 
 import gc
+import ipaddress
 import logging
 import math
 import os
@@ -14,6 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 import psutil
@@ -25,6 +27,8 @@ from minigpt_ray.imports import without_collection
 from minigpt_ray.timeline import Mark, Span
 
 if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
     from actors.placement import Cluster
 
 logger = logging.getLogger(__name__)
@@ -80,9 +84,9 @@ class RankHost:
 
     def address(self) -> tuple[str, int]:
         """This host's address and a port that is free on it."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+        address = ray.util.get_node_ip_address()
+        with socket.create_server((address, 0), family=family(address)) as probe:
+            return address, probe.getsockname()[1]
 
     def join(self, address: str, port: int, hang_after_s: float) -> None:
         """Form the process group of all hosts of this set."""
@@ -94,7 +98,10 @@ class RankHost:
         if self.rank.device == "cuda":
             torch.cuda.set_device(0)
         outlast(hang_after_s)
-        dist.init_process_group("nccl" if self.rank.device == "cuda" else "gloo")
+        if ipaddress.ip_address(address).is_loopback:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        store = meet(address, port, self.rank.world, self.rank.index == 0)
+        dist.init_process_group("nccl" if self.rank.device == "cuda" else "gloo", store=store, rank=self.rank.index, world_size=self.rank.world)
 
     def build(self, role: str, build: Callable[..., Any], *args: Any) -> dict[str, Any]:
         """Build a rank object; where this process is."""
@@ -119,6 +126,24 @@ class RankHost:
         began, start = time.time(), time.perf_counter()
         value = method(self.roles[role], *values)
         return Timed(value, began, time.perf_counter() - start, psutil.Process().memory_info().rss)
+
+
+def family(address: str) -> socket.AddressFamily:
+    """That of an IP address."""
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+def meet(address: str, port: int, world: int, is_master: bool, timeout: timedelta | None = None) -> "TCPStore":
+    """torch's store for forming a process group. The master listens at `address` alone, where torch by itself would listen at every address of the machine."""
+    from torch.distributed import TCPStore
+    from torch.distributed.distributed_c10d import default_pg_timeout
+
+    timeout = timeout or default_pg_timeout
+    if not is_master:
+        return TCPStore(address, port, world, False, timeout)
+    listening = socket.create_server((address, port), family=family(address))
+    port, handle = listening.getsockname()[1], listening.detach()
+    return TCPStore(address, port, world, True, timeout, wait_for_workers=False, master_listen_fd=handle)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import xxhash
 from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
+from actors.group import meet
 from actors.watchdog import START_SECONDS
 from minigpt_ray.config import MEETING_SECONDS
 
@@ -292,7 +293,7 @@ class Broadcast:
         """Where to meet: at the last place when the same receivers come again."""
         if audience != self._audience:
             address = ray.util.get_node_ip_address()
-            self._store = dist.TCPStore(address, 0, world, is_master=True, timeout=MEETING_TIMEOUT, wait_for_workers=False)
+            self._store = meet(address, 0, world, is_master=True, timeout=MEETING_TIMEOUT)
             self._audience, self._meeting = audience, Meeting(address, self._store.port, world)
         return self._meeting
 
@@ -353,7 +354,7 @@ def _group(meeting: Meeting, rank: int) -> Any:
         for group in _groups.values():
             group.abort()  # whoever was in it may be gone
         _groups.clear()
-        store = dist.TCPStore(meeting.address, meeting.port, meeting.world, is_master=False, timeout=MEETING_TIMEOUT)
+        store = meet(meeting.address, meeting.port, meeting.world, is_master=False, timeout=MEETING_TIMEOUT)
         if torch.cuda.is_available():
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = MEETING_TIMEOUT

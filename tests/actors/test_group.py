@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -243,3 +244,24 @@ def test_spans_that_overlap_count_once_and_gaps_not() -> None:
     assert covered() == 0
     assert covered((1.0, 2.0), (4.0, 5.5)) == 2.5
     assert covered((4.0, 6.0), (1.0, 5.0), (2.0, 3.0)) == 5.0
+
+
+LISTENING = """
+import socket
+import psutil, torch
+import torch.distributed as dist
+from actors.group import RankHost
+
+with socket.create_server(("127.0.0.1", 0)) as probe:
+    port = probe.getsockname()[1]
+RankHost(0, 1, "cpu").join("127.0.0.1", port, 60)
+dist.all_reduce(torch.ones(2), group=dist.new_group([0]))
+print(*{connection.laddr.ip for connection in psutil.Process().net_connections() if connection.status == "LISTEN"})
+"""
+
+
+def test_a_process_group_on_one_machine_listens_to_this_machine_alone() -> None:
+    """torch's store would listen at every address, without asking who comes."""
+    done = subprocess.run([sys.executable, "-c", LISTENING], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["127.0.0.1"]
