@@ -128,6 +128,14 @@ class PlacementConfig(Config):
                     raise ValueError(
                         f"colocate puts {name} with {ranks[name]} ranks into the processes of {shared[0]} with {ranks[shared[0]]}; give both the same number"
                     )
+            for name in (name for name in shared[1:] if name != "rewards"):
+                tenant, home = getattr(self, name), getattr(self, shared[0])
+                for field in ProcessPlacement.model_fields:
+                    asked, usual = getattr(tenant, field), ProcessPlacement.model_fields[field].default
+                    if asked not in (usual, getattr(home, field)):
+                        raise ValueError(
+                            f"{name}.{field}={asked} has no effect, since colocate puts {name} into the processes of {shared[0]}; set {shared[0]}.{field}"
+                        )
         return self
 
     @model_validator(mode="after")

@@ -135,8 +135,9 @@ class PPOConfig(TrainingConfig):
             raise ValueError(f"generator.sleep_between_phases=true needs generator.backend=vllm, found {self.generator.backend}; set it to false")
         for role in self.learners:
             refuse_plain_bfloat16(f"{role}.", getattr(self, role))
-            if getattr(self, role).offload_optimizer and getattr(self.placement, role).gpus == 0:
-                raise ValueError(f"{role}.offload_optimizer=true needs a GPU, but placement.{role}.gpus=0; set it to false")
+            home = self.placement.home(role)
+            if getattr(self, role).offload_optimizer and getattr(self.placement, home).gpus == 0:
+                raise ValueError(f"{role}.offload_optimizer=true needs a GPU, but placement.{home}.gpus=0; set it to false")
         if "bfloat16" in (self.policy.dtype, self.generator.dtype) and self.weights.probe_tolerance < 0.01:
             raise ValueError(
                 f"weights.probe_tolerance={self.weights.probe_tolerance:g} is less than bfloat16 rounds away (policy.dtype={self.policy.dtype}, generator.dtype={self.generator.dtype}); set it to about 0.2"

@@ -49,6 +49,14 @@ def test_sets_that_cannot_share_processes_are_refused(colocate: list[list[str]],
         PlacementConfig.model_validate({"policy": {"ranks": 2}, "colocate": colocate})
 
 
+def test_what_is_asked_for_a_role_without_processes_of_its_own_is_refused() -> None:
+    shared = {"colocate": [["policy", "critic"]]}
+    with pytest.raises(ValueError, match=r"critic\.gpus=1\.0 has no effect, since colocate puts critic into the processes of policy; set policy\.gpus"):
+        PlacementConfig.model_validate(shared | {"critic": {"gpus": 1}})
+    PlacementConfig.model_validate(shared | {"policy": {"gpus": 1}, "critic": {"gpus": 1}})
+    assert PlacementConfig.model_validate(PlacementConfig.model_validate(shared | {"policy": {"gpus": 1}}).model_dump())
+
+
 @pytest.mark.ray
 def test_roles_of_a_set_get_the_same_processes_which_join_one_group_once(ray_cluster: None) -> None:
     placement = PlacementConfig(colocate=(("reference", "policy", "rewards"),))
