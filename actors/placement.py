@@ -5,7 +5,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.group import PULSE, RankHost, get_all
 from actors.parent import driver_restarts
-from actors.preflight import PlacementError, bundle, in_order, preflight, table
+from actors.preflight import DECIMALS, PlacementError, bundle, in_order, preflight, table
 from actors.watchdog import START_SECONDS, Limit, end_hung, record_of
 from minigpt_ray.config import AnyPlacement, AnyReward, GeneratorPlacement, ModelReward, PlacementConfig, RolePlacement
 from minigpt_ray.flops import cpu_peak_flops, gpu_peak_flops
@@ -91,6 +91,13 @@ def _needed(role: AnyPlacement) -> AnyPlacement:
     return role
 
 
+def _both(rank: RolePlacement, worker: GeneratorPlacement) -> RolePlacement:
+    """Room for a rank and a worker that share a GPU."""
+    resources = {name: rank.resources.get(name, 0) + worker.resources.get(name, 0) for name in rank.resources | worker.resources}
+    together = {"cpus": rank.cpus + worker.cpus, "gpus": round(rank.gpus + worker.gpus, DECIMALS), "resources": resources}
+    return rank.model_copy(update=together | {"labels": rank.labels | worker.labels})
+
+
 @dataclass(frozen=True)
 class Place:
     """Room for one process: a bundle of a placement group."""
@@ -99,6 +106,8 @@ class Place:
     bundle: int
     made: Any
     """Reference that is there once the cluster has made the room."""
+    shared: bool = False
+    """A rank of another role lives here too."""
 
     def is_there(self) -> bool:
         return bool(ray.wait([self.made], timeout=0)[0])
@@ -124,18 +133,27 @@ class Cluster:
         self._groups: set[PlacementGroup] = set()
         rooms = [(r.room if isinstance(r, GeneratorPlacement) else r.ranks) * r.cpus for r in roles.values()]
         own = connect(config.address, cpus=sum(rooms))
-        memory, needed = (memory or {}) if config.check_memory else {}, {name: _needed(role) for name, role in roles.items()}
+        memory, needed = dict(memory or {}) if config.check_memory else {}, {name: _needed(role) for name, role in roles.items()}
+        home = config.home("policy")
+        pair = f"{home} + generator" if config.pairs and {home, "generator"} <= roles.keys() else ""
+        if pair:
+            both = _both(getattr(config, home), config.generator)
+            needed = {pair: both, **{name: role for name, role in needed.items() if name not in (home, "generator")}}
+            memory |= {pair: memory[home] + memory["generator"]} if {home, "generator"} <= memory.keys() else {}
         preflight(needed, memory, config.wait_seconds, own)
         try:
-            self._places = {name: self._reserve(name, needed[name].ranks) for name in in_order(needed, memory)}
+            self._places = {name: self._reserve(name, needed[name]) for name in in_order(needed, memory)}
         except PlacementError as error:
             self.close()
             raise PlacementError("\n".join([str(error), *table(needed, memory)])) from None
+        if pair:
+            self._places[home] = self._places.pop(pair)
+            self._places["generator"] = [replace(place, shared=True) for place in self._places[home]]
 
-    def _reserve(self, name: str, ranks: int) -> list[Place]:
+    def _reserve(self, name: str, role: AnyPlacement) -> list[Place]:
         """Places for the processes of a role; those of a pool have a placement group each, since they are given back one by one."""
-        sizes = [1] * ranks if isinstance(self.roles[name], GeneratorPlacement) else [ranks]
-        groups = [self._group(name, size) for size in sizes]
+        sizes = [1] * role.ranks if isinstance(role, GeneratorPlacement) else [role.ranks]
+        groups = [self._group(role, size) for size in sizes]
         if not all(group.wait(RESERVE_SECONDS) for group in groups):
             raise PlacementError(
                 f"Ray found no room for placement.{name} beside the roles that came before it, though there was some; "
@@ -143,8 +161,7 @@ class Cluster:
             )
         return [Place(group, bundle, group.ready()) for group, size in zip(groups, sizes, strict=True) for bundle in range(size)]
 
-    def _group(self, name: str, size: int) -> PlacementGroup:
-        role = self.roles[name]
+    def _group(self, role: AnyPlacement, size: int) -> PlacementGroup:
         needs, labels = [bundle(role)] * size, [role.labels] * size
         strategy = (isinstance(role, RolePlacement) and role.strategy) or self.config.strategy
         group = placement_group(needs, strategy=strategy.upper(), bundle_label_selector=labels)
@@ -159,7 +176,7 @@ class Cluster:
         """Room for one more process of a pool: reserved and free, or else asked for, and there once the cluster has it."""
         if self._places[name]:
             return self._places[name].pop(0)
-        group = self._group(name, 1)
+        group = self._group(self.roles[name], 1)
         return Place(group, 0, group.ready())
 
     def node_of(self, host: Any) -> str:
@@ -178,8 +195,11 @@ class Cluster:
         """A place of a pool is free, and stays reserved."""
         self._places[name].append(place)
 
-    def give_back(self, place: Place) -> None:
-        """A place of a pool is not needed any more; what still runs in it ends."""
+    def give_back(self, name: str, place: Place) -> None:
+        """A place of a pool is not needed any more; what still runs in it ends, unless it is another role's, which keeps it."""
+        if place.shared:
+            self.keep(name, place)
+            return
         remove_placement_group(place.group)
         self._groups.discard(place.group)
 

@@ -132,7 +132,7 @@ class Pool(Group[R]):
         surplus = len(staying) + len(self._wishes) + len(self._coming) - size
         for wish in self._wishes[max(0, len(self._wishes) - max(0, surplus)) :]:
             self._wishes.remove(wish)
-            self.cluster.give_back(wish.place)
+            self.cluster.give_back(self.role, wish.place)
             surplus -= 1
         for built in list(self._coming)[max(0, len(self._coming) - max(0, surplus)) :]:
             self._end(self._coming.pop(built))
@@ -318,7 +318,7 @@ class Pool(Group[R]):
         """End a worker's process and give its place back."""
         self._remove(worker)
         ray.kill(worker.host)
-        self.cluster.give_back(worker.place)
+        self.cluster.give_back(self.role, worker.place)
 
     def _remove(self, worker: Worker) -> None:
         self.workers = [other for other in self.workers if other is not worker]

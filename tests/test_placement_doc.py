@@ -38,7 +38,7 @@ def test_every_table_is_what_its_command_prints(capsys: pytest.CaptureFixture[st
     assert tables == [table for _, table in EXAMPLE.findall(PAGE.read_text(encoding="utf-8"))]
 
 
-@pytest.mark.parametrize(("words", "gpus"), list(zip(COMMANDS, (1, 8, 32, 130), strict=True)), ids=lambda value: str(value)[-40:])
+@pytest.mark.parametrize(("words", "gpus"), list(zip(COMMANDS, (1, 8, 8, 32, 130), strict=True)), ids=lambda value: str(value)[-40:])
 def test_an_example_asks_for_its_gpus_and_no_rank_for_more_memory_than_they_have(words: list[str], gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     config = read_config(PPOConfig, [word for word in words if word != "--dry-run"])

@@ -111,6 +111,13 @@ class PlacementConfig(Config):
         kind = "reward_model" if role.startswith("reward_model_") else role
         return next((shared[0] for shared in self.colocate if kind in shared), role)
 
+    @property
+    def pairs(self) -> bool:
+        """Whether rank i of the policy and worker i of the generator share a GPU: as many of both, each with a part, together more than half and at most a whole one."""
+        policy, generator = getattr(self, self.home("policy")), self.generator
+        parts = round(policy.gpus + generator.gpus, 4)
+        return bool(generator.workers == policy.ranks and min(policy.gpus, generator.gpus) > 0 and 0.5 < parts <= 1)
+
     @model_validator(mode="after")
     def _sets_that_can_be(self) -> "PlacementConfig":
         listed = [name for shared in self.colocate for name in shared]
@@ -144,8 +151,10 @@ class PlacementConfig(Config):
             role = getattr(self, name)
             if role.gpus > 1:
                 raise ValueError(f"{name}.gpus={role.gpus:g}, but a rank computes on one GPU; set {name}.gpus=1 and raise {name}.ranks")
-            if name in ("policy", "critic") and role.ranks > 1 and 0 < role.gpus < 1:
+            paired = self.pairs and self.home(name) == self.home("policy")
+            if name in ("policy", "critic") and role.ranks > 1 and 0 < role.gpus < 1 and not paired:
                 raise ValueError(
-                    f"{name}.ranks={role.ranks} with {name}.gpus={role.gpus:g} may meet on one GPU, which NCCL refuses; set {name}.gpus=1 or {name}.ranks=1"
+                    f"{name}.ranks={role.ranks} with {name}.gpus={role.gpus:g} may meet on one GPU, which NCCL refuses; set {name}.gpus=1 or {name}.ranks=1, "
+                    "or let every policy rank share a GPU with a generator worker: as many workers as ranks, more than half a GPU together, all learners in the policy's processes"
                 )
         return self

@@ -49,6 +49,20 @@ def test_sets_that_cannot_share_processes_are_refused(colocate: list[list[str]],
         PlacementConfig.model_validate({"policy": {"ranks": 2}, "colocate": colocate})
 
 
+def test_ranks_with_a_part_of_a_gpu_need_a_worker_each_to_share_it_with() -> None:
+    part = {"ranks": 2, "gpus": 0.6}
+    with pytest.raises(
+        ValueError, match=r"policy\.ranks=2 with policy\.gpus=0\.6 may meet on one GPU, .* or let every policy rank share a GPU with a generator worker"
+    ):
+        PlacementConfig.model_validate({"policy": part})
+    shared = {"policy": part, "generator": {"workers": 2, "gpus": 0.4}}
+    assert PlacementConfig.model_validate(shared).pairs
+    with pytest.raises(ValueError, match=r"critic\.ranks=2 with critic\.gpus=0\.6 may meet on one GPU"):
+        PlacementConfig.model_validate(shared | {"critic": part})
+    assert PlacementConfig.model_validate(shared | {"critic": part, "colocate": [["policy", "critic"]]}).pairs
+    assert not PlacementConfig().pairs
+
+
 def test_what_is_asked_for_a_role_without_processes_of_its_own_is_refused() -> None:
     shared = {"colocate": [["policy", "critic"]]}
     with pytest.raises(ValueError, match=r"critic\.gpus=1\.0 has no effect, since colocate puts critic into the processes of policy; set policy\.gpus"):

@@ -221,7 +221,7 @@ def test_what_the_cluster_cannot_hold_is_said_and_the_job_goes_on(elastic: Elast
     generator = elastic.generator
     monkeypatch.setattr(pool, "ROOM_SECONDS", 0.0)
     room = int(ray.available_resources()["CPU"])
-    monkeypatch.setattr(generator, "_start", lambda place, newcomer: elastic.cluster.give_back(place))  # whom there is room for need not start
+    monkeypatch.setattr(generator, "_start", lambda place, newcomer: elastic.cluster.give_back("generator", place))  # whom there is room for need not start
     elastic.ask(room + 3)
     assert tokens(generator.generate(PROMPTS, SAMPLING)) == elastic.alone
     (sentence,) = [said for said in elastic.said if "has no room" in said]

@@ -199,3 +199,43 @@ def test_an_autoscaler_is_asked_for_what_others_hold_as_well(ray_cluster: None, 
     with Cluster(PlacementConfig(), {"policy": RolePlacement(ranks=2)}), pytest.raises(PlacementError):
         Cluster(PlacementConfig(wait_seconds=0), {"critic": RolePlacement(cpus=1000)})
     assert asked == [[{"CPU": 1000.0}, {"CPU": 2.0}], []]
+
+
+PAIRS = """
+import json
+import ray
+from ray.cluster_utils import Cluster as Nodes
+from actors.placement import Cluster, roles_of
+from minigpt_ray.config import GeneratorPlacement, PlacementConfig, RolePlacement
+
+nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1})
+nodes.add_node(num_cpus=5, num_gpus=2)
+part = RolePlacement(ranks=3, gpus=0.6)
+placement = PlacementConfig(
+    address=nodes.address, generator=GeneratorPlacement(workers=3, gpus=0.4), policy=part, critic=part, colocate=(("policy", "critic", "reference"),),
+    reference=part,
+)
+roles = roles_of(placement, {})
+with Cluster(placement, roles) as cluster:
+    places = [cluster.place("generator") for _ in range(3)]
+    workers = [cluster.host("generator", i, place) for i, place in enumerate(places)]
+    where = lambda _: (ray.get_runtime_context().get_node_id(), ray.get_gpu_ids())
+    found = [ray.get([host.__ray_call__.remote(where) for host in hosts]) for hosts in (cluster.hosts("policy", False), workers)]
+    ray.kill(workers[1])
+    cluster.give_back("generator", places[1])
+    (again,) = ray.get([cluster.host("generator", 3, cluster.place("generator")).__ray_call__.remote(where)])
+print(json.dumps({"policy": found[0], "generator": found[1], "again": again}))
+ray.shutdown()
+nodes.shutdown()
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_policy_ranks_and_generator_workers_share_gpus_in_pairs() -> None:
+    """Ray is told of GPUs that are not there; which of them a process may use is Ray's to say."""
+    done = subprocess.run([sys.executable, "-c", PAIRS], cwd=CHECKOUT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["policy"] == found["generator"] and len({(node, *gpus) for node, gpus in found["policy"]}) == 3
+    assert found["again"] == found["policy"][1]
