@@ -20,6 +20,7 @@ from minigpt_ray.config import AnyPlacement, ModelReward, PPOConfig, SupervisedC
 from minigpt_ray.data.prompts import PromptSet, encode_prompts, read_prompts
 from minigpt_ray.data.rows import Row
 from minigpt_ray.flops import PPOShapes
+from minigpt_ray.inputs import Inputs
 from minigpt_ray.memory import per_process
 from minigpt_ray.model_directory import config_json, resolve_model
 from minigpt_ray.object_store import check_store
@@ -54,6 +55,9 @@ class Preparation:
         prompts = read_prompts(config.data, default / "prompts.jsonl")
         held_out = read_prompts(config.evaluation.data, default / "held_out.jsonl")
         self._check_rewards(prompts)
+        self.inputs = self._inputs(config.data.files or (default / "prompts.jsonl",))
+        if self.start is not None:
+            self.inputs.refuse_others(self.directory, self.start)
         self.tokenizer = load_tokenizer(self.policy_path)
         self.prompts = encode_prompts(config.data, prompts, self.tokenizer)
         self.held_out = encode_prompts(config.evaluation.data, held_out, self.tokenizer).prompts[: config.evaluation.num_prompts]
@@ -87,9 +91,20 @@ class Preparation:
     def _shape(self, init_from: str) -> ModelShape:
         return ModelShape.from_config_json(config_json(self.policy_path if init_from == "policy" else resolve_model(init_from, self.config.run_dir)))
 
+    def _inputs(self, files: Sequence[Path]) -> Inputs:
+        """What a run begins from; evaluation may have other prompts when it goes on."""
+        config = self.config
+        named = {"critic.init_from": config.critic.init_from} if config.algorithm.uses_critic else {}
+        named |= {"reference.init_from": config.reference.init_from}
+        named |= {f"rewards.{name}.init_from": source.init_from for name, source in config.rewards.items() if isinstance(source, ModelReward)}
+        others = {name: resolve_model(init_from, config.run_dir) for name, init_from in named.items() if init_from != "policy"}
+        return Inputs.of({"policy.init_from": self.policy_path, **others}, files)
+
     def tracker(self) -> Tracker:
         """Opens the run's files, cut back to the checkpoint that the run goes on from."""
         write_resolved(self.config, self.directory)
+        if self.start is None:
+            self.inputs.keep(self.directory)
         step = 0 if self.start is None else self.checkpoints.step_of(self.start)
         epochs = -(-self.config.steps * self.config.prompts_per_step // len(self.prompts))
         exported = sinks(self.config.logging, self.config.run, "ppo")

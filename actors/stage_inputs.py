@@ -10,6 +10,7 @@ from pathlib import Path
 from actors.preparation import MAY_DIFFER_ON_RESUME, find_start
 from minigpt_ray.checkpoint import Checkpoints
 from minigpt_ray.config import SupervisedConfig
+from minigpt_ray.inputs import Inputs
 from minigpt_ray.model_directory import config_json, is_path, resolve_model
 from minigpt_ray.object_store import check_store
 from minigpt_ray.presets import PRESETS, ModelShape
@@ -41,6 +42,7 @@ class Ready:
     tokenizer: str
     sources: Mapping[str, Files]
     shape: ModelShape
+    inputs: Inputs
     start: int
     """Step of the checkpoint to go on from, 0 for none."""
 
@@ -50,7 +52,7 @@ class Ready:
 
 
 def prepare(config: SupervisedConfig) -> Ready:
-    """Raises ValueError or FileNotFoundError when a model, the tokenizer or the data is not there, or when an earlier run is."""
+    """Raises ValueError or FileNotFoundError when a model, the tokenizer or the data is not there, and when an earlier run is, or began from others."""
     check_store(config.export_to)
     directory = config.stage_dir(config.stage)
     model = None if config.model.init_from is None else resolve_model(config.model.init_from, config.run_dir)
@@ -65,8 +67,11 @@ def prepare(config: SupervisedConfig) -> Ready:
     checkpoints = Checkpoints(directory / "checkpoint", config.checkpoint.keep)
     latest = find_start(config, directory, checkpoints, MAY_DIFFER)
     start = 0 if latest is None else checkpoints.step_of(latest)
+    inputs = _inputs(config, model, reference, tokenizer, sources)
+    if latest is not None:
+        inputs.refuse_others(directory, latest)
     tokenizer = str(Path(tokenizer).absolute()) if Path(tokenizer).is_dir() else tokenizer
-    return Ready(config, directory, model, reference, tokenizer, sources, shape, start)
+    return Ready(config, directory, model, reference, tokenizer, sources, shape, inputs, start)
 
 
 def _tokenizer_of_a_new_model(config: SupervisedConfig) -> str:
@@ -89,6 +94,13 @@ def _find_sources(config: SupervisedConfig) -> dict[str, Files]:
             if not path.is_file():
                 raise StageError(f"no data file {path}; {f'correct {given}' if given else f'{_before_this(config, config.data_from)}, or set files'}")
     return sources
+
+
+def _inputs(config: SupervisedConfig, model: str | None, reference: str | None, tokenizer: str, sources: Mapping[str, Files]) -> Inputs:
+    models = {"model.init_from": model} if model else {"tokenizer": tokenizer}
+    if reference is not None and reference != model:
+        models["reference"] = reference
+    return Inputs.of(models, list(dict.fromkeys(path for files in sources.values() for path in files.paths)))
 
 
 def _before_this(config: SupervisedConfig, job: str) -> str:

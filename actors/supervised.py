@@ -75,6 +75,8 @@ def fit(ready: Ready) -> Path:
     steps = num_steps(config, windows)
     baseline = _baseline(stage, windows, validation)
     write_resolved(config, ready.directory)
+    if not ready.start:
+        ready.inputs.keep(ready.directory)
     epochs = -(-steps * config.batch_size // len(windows))
     exported = sinks(config.logging, config.run, stage.name)
     with Tracker(ready.directory, stage.name, resolved(config), config.logging, steps, ready.start, epochs=epochs, sinks=exported) as tracker:

@@ -155,3 +155,52 @@ def test_fields_that_came_or_went_are_differences(config: Callable[..., PPOConfi
     for old, new, change in ((before, after, "None -> function"), (after, before, "function -> None")):
         with pytest.raises(ValueError, match=rf"rewards\.more\.kind: {change}"):
             refuse_differences(old, new, Path("there"))
+
+
+@pytest.fixture
+def begun(config: Callable[..., PPOConfig], run: Path, nano: Path) -> tuple[Callable[..., PPOConfig], Path]:
+    """A run with a checkpoint, a critic and a reward model of its own, and a configuration to go on with."""
+    for stage in ("critic", "rm"):
+        shutil.copytree(nano, run / stage / "model")
+    (run / "rm" / "model" / "validation.json").write_text(json.dumps({"validation/reward_mean": 0.0, "validation/reward_std": 1.0}))
+    overrides = ("critic.init_from=critic", "rewards.rm={kind: model, init_from: rm, normalize: true}")
+    with Preparation(config(*overrides)).tracker():
+        pass
+    return lambda *more: config(*overrides, "checkpoint.resume=auto", *more), checkpoint(run, config(*overrides), 2)
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        ("sft/model/model.safetensors", "policy.init_from: {run}/sft/model"),
+        ("critic/model/config.json", "critic.init_from: {run}/critic/model"),
+        ("rm/model/validation.json", "rewards.rm.init_from: {run}/rm/model"),
+        ("prepare_data/prompts.jsonl", "data file 1: {run}/prepare_data/prompts.jsonl"),
+    ],
+)
+def test_a_resumed_run_that_began_from_something_else_is_refused(begun: tuple[Callable[..., PPOConfig], Path], run: Path, changed: str, name: str) -> None:
+    config, start = begun
+    assert Preparation(config()).start == start
+    content = (run / changed).read_bytes()
+    (run / changed).write_bytes(content.replace(b"1", b"2") if changed.endswith((".json", ".jsonl")) else content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError) as refusal:
+        Preparation(config())
+    assert str(refusal.value) == (
+        f"cannot resume from {start}, what it began from has changed since ({name.format(run=run)}); "
+        f"undo that, choose another run=, or remove {run}/ppo to begin again from what is there now"
+    )
+    (run / changed).write_bytes(content)
+    assert Preparation(config()).start == start
+    (run / "ppo" / "inputs.json").unlink()  # as in a run of before
+    (run / "prepare_data" / "prompts.jsonl").write_text(json.dumps(QUESTIONS[0]))
+    with Preparation(config()).tracker():
+        assert not (run / "ppo" / "inputs.json").exists()
+
+
+def test_a_run_that_has_no_checkpoint_begins_from_what_is_there_now(begun: tuple[Callable[..., PPOConfig], Path], run: Path) -> None:
+    config, start = begun
+    shutil.rmtree(start)
+    write_rows(run / "prepare_data" / "prompts.jsonl", QUESTIONS[:5])
+    with Preparation(config()).tracker():
+        start = checkpoint(run, config(), 1)
+    assert Preparation(config()).start == start

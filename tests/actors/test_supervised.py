@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import socket
 from dataclasses import replace
 
@@ -18,7 +19,9 @@ from actors.reference_logprobs import with_reference
 from actors.reward_sources import load_calibration
 from actors.stage_inputs import StageError, prepare
 from actors.supervised_rank import SupervisedRank, num_steps
+from minigpt_ray.cli import write_resolved
 from minigpt_ray.config import DPOConfig, MidtrainConfig, PretrainConfig, RewardModelConfig, SFTConfig
+from minigpt_ray.inputs import fingerprint_of_model
 from minigpt_ray.models import TokenLogprobs, build_causal, export, load_causal, load_scalar
 from minigpt_ray.stages import REFERENCE, STAGES, Batch
 from minigpt_ray.tokenizer import load_tokenizer, train_tokenizer
@@ -113,6 +116,40 @@ def test_an_earlier_run_is_never_written_over(run):
     assert prepare(config(run, checkpoint={"resume": "auto"})).start == 0
 
 
+def begin(settings, step=2):
+    """A checkpoint of a run that began as configured, with nothing of the model in it."""
+    ready = prepare(settings)
+    directory = ready.checkpoints.begin(step)
+    write_resolved(settings, directory)
+    ready.inputs.keep(ready.directory)
+    return ready.checkpoints.commit(step)
+
+
+@pytest.mark.parametrize(
+    ("stage", "changed", "name"),
+    [
+        ("sft", "prepare_data/demonstrations.jsonl", "data file 1: {run}/prepare_data/demonstrations.jsonl"),
+        ("sft", "prepare_data/tokenizer/tokenizer.json", "tokenizer: {run}/prepare_data/tokenizer"),
+        ("dpo", "base/model/model.safetensors", "model.init_from: {run}/base/model"),
+        ("dpo", "other/model/model.safetensors", "reference: {run}/other/model"),
+        ("midtrain", "prepare_data/documents.jsonl", "data file 1: {run}/prepare_data/documents.jsonl"),
+    ],
+)
+def test_a_resumed_stage_that_began_from_something_else_is_refused(run, stage, changed, name):
+    shutil.copytree(run / "r" / "base", run / "r" / "other")
+    fields = {"dpo": {"reference": "other"}, "midtrain": {"mix": MIX}}.get(stage, {})
+    start = begin(config(run, stage, **fields))
+    again = config(run, stage, checkpoint={"resume": "auto"}, **fields)
+    assert prepare(again).start == 2
+    (run / "r" / changed).write_bytes((run / "r" / changed).read_bytes() + b"\n")
+    with pytest.raises(ValueError) as refusal:
+        prepare(again)
+    assert str(refusal.value) == (
+        f"cannot resume from {start}, what it began from has changed since ({name.format(run=run / 'r')}); "
+        f"undo that, choose another run=, or remove {run}/r/{stage} to begin again from what is there now"
+    )
+
+
 def learning(rows):
     """What rows say about learning, and not about the clock."""
     timed = ("train/mfu_percent", "train/mfu_percent_avg", "train/eta_minutes")
@@ -132,12 +169,15 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(run, alone):
         if step == 2:
             worker.save(step)
     worker.export()
+    made = fingerprint_of_model(run / "r" / "sft" / "model")
 
     with pytest.raises(ValueError, match=r"optimizer\.lr"):
         prepare(config(run, checkpoint={"every": 2, "resume": "auto"}, optimizer={"lr": 1.0}))
     again = build(config(run, checkpoint={"every": 2, "resume": "auto"}))
     assert again.ready.start == again.restore() == 2
     assert {step: learning(rows) for step, rows in again.steps(2)} == {step: course[step] for step in (3, 4)}
+    again.export()
+    assert fingerprint_of_model(run / "r" / "sft" / "model") == made  # so that a stage which only ends again changes nothing for those after it
 
     first = course[1][0]
     assert first["train/loss"] == pytest.approx(math.log(260), abs=0.5)

@@ -46,7 +46,8 @@ def output_dir(tmp_path_factory):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_the_debug_run_learns_and_leaves_a_model(output_dir):
-    done = sft("run=r", f"output_dir={output_dir}", "num_workers=2", "engine.zero_stage=2", "steps=12", "checkpoint.every=5")
+    command = ("run=r", f"output_dir={output_dir}", "num_workers=2", "engine.zero_stage=2", "steps=12", "checkpoint.every=5")
+    done = sft(*command)
     assert done.returncode == 0, done.stderr
     stage = output_dir / "r" / "sft"
     lines = done.stdout.splitlines()
@@ -70,3 +71,8 @@ def test_the_debug_run_learns_and_leaves_a_model(output_dir):
 
     again = sft("run=r", f"output_dir={output_dir}")
     assert again.returncode == 2 and "is there from an earlier run" in again.stderr.splitlines()[-1]
+
+    demonstrations = output_dir / "r" / "prepare_data" / "demonstrations.jsonl"
+    demonstrations.write_text(demonstrations.read_text().replace("spell", "write"))
+    again = sft(*command, "checkpoint.resume=auto")
+    assert again.returncode == 2 and f"what it began from has changed since (data file 1: {demonstrations})" in again.stderr.splitlines()[-1]
