@@ -103,7 +103,7 @@ class Learner:
             if self.rank.world > 1:
                 dist.barrier()
         if self.algorithm.non_finite == "stop":
-            raise FloatingPointError(f"{what}; {saved}; lower the learning rate, or set algorithm.non_finite=skip to go on")
+            raise FloatingPointError(f"{what}; {saved}; set algorithm.non_finite=skip to go on, or begin again with a lower learning rate and another run=")
         if first and self.rank.index == 0:
             logger.warning("%s; %s", what, saved)
 

@@ -30,8 +30,13 @@ from minigpt_ray.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 
-MAY_DIFFER_ON_RESUME = ("run", "output_dir", "export_to", "steps", "logging", "checkpoint", "evaluation", "placement", "generator")
+MAY_DIFFER_ON_RESUME = (
+    *("run", "output_dir", "export_to", "steps", "logging", "checkpoint", "evaluation", "placement", "generator"),
+    *("weights", "restart_limit", "score_chunk", "algorithm.non_finite"),
+)
 """Fields, or sections, of the configuration that a resumed run may change; any other difference would be another run."""
+OF_MEMORY = ("micro_batch_tokens", "activation_checkpointing")
+"""The same in every section: how much is computed at a time, not what."""
 LEARNER_RANKS = ("placement.policy.ranks", "placement.critic.ranks")
 """What of these may not: a checkpoint has a file for every rank."""
 REWARD_FIELDS_THAT_MAY_DIFFER = ("url", "token_env", "timeout_s", "retries", "backoff_s", "concurrency", "max_response_bytes", "max_errors", "max_outages")
@@ -150,14 +155,16 @@ def refuse_differences(before: Mapping[str, Any], now: Mapping[str, Any], start:
     """Raise ValueError, naming every field, when a resumed run would not be the run that was saved."""
     old, new = _flat(before), _flat(now)
     different = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-    changed = [name for name in different if name in LEARNER_RANKS or (name.split(".")[0] not in may_differ and not _is_of_a_reward_call(name))]
+    changed = [name for name in different if name in LEARNER_RANKS or not _may_differ(name, may_differ)]
     if changed:
         listed = ", ".join(f"{name}: {old.get(name)} -> {new.get(name)}" for name in changed)
         raise ValueError(f"cannot resume from {start}, the configuration has changed ({listed}); undo that, or choose another run=")
 
 
-def _is_of_a_reward_call(name: str) -> bool:
-    return name.startswith("rewards.") and name.rpartition(".")[2] in REWARD_FIELDS_THAT_MAY_DIFFER
+def _may_differ(name: str, may_differ: Collection[str]) -> bool:
+    field = name.rpartition(".")[2]
+    within = any(name == allowed or name.startswith(f"{allowed}.") for allowed in may_differ)
+    return within or field in OF_MEMORY or (name.startswith("rewards.") and field in REWARD_FIELDS_THAT_MAY_DIFFER)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

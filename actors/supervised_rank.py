@@ -187,7 +187,7 @@ class SupervisedRank:
                 columns = {name: getattr(windows, name) for name in ("token_ids", "loss_mask", "position_ids")} | dict(windows.numbers)
                 save_batch(refused, step + 1, {"windows": everyone, **columns}, {"step": str(step + 1)})
             raise FloatingPointError(
-                f"step {step + 1}: a loss or gradient is not finite and no update was applied; the batch is in {batch_path(refused, step + 1)}; lower optimizer.lr, or look at the data"
+                f"step {step + 1}: a loss or gradient is not finite and no update was applied; the batch is in {batch_path(refused, step + 1)}; look at it, and begin again with better data or a lower optimizer.lr, and another run="
             )
         self.ends = update.stats.pop(ASKED) > 0
         num_tokens = self.windows.count("num_tokens", everyone)

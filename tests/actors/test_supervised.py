@@ -195,15 +195,31 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(run, alone):
     assert AutoTokenizer.from_pretrained(run / "r" / "sft" / "model").chat_template
 
 
+def numbers(rows):
+    return [row[name] for row in rows for name in ("train/loss", "train/grad_norm", "validation/loss") if name in row]
+
+
 @pytest.mark.slow
 def test_micro_batches_do_not_change_the_course(run, alone):
     courses = []
     for budget in (96, 8192):
         worker = build(config(run, engine={"micro_batch_tokens": budget}))
-        courses.append(
-            [row[name] for _, rows in worker.steps(0) for row in rows for name in ("train/loss", "train/grad_norm", "validation/loss") if name in row]
-        )
+        courses.append([number for _, rows in worker.steps(0) for number in numbers(rows)])
     assert courses[0] == pytest.approx(courses[1], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_with_less_memory_has_the_same_course(run, alone):
+    worker = build(config(run))
+    course = {}
+    for step, rows in worker.steps(0):
+        course[step] = numbers(rows)
+        if step == 2:
+            worker.save(step)
+    again = build(config(run, checkpoint={"every": 2, "resume": "auto"}, engine={"micro_batch_tokens": 96, "activation_checkpointing": True}))
+    for step, rows in again.steps(again.restore()):
+        assert numbers(rows) == pytest.approx(course[step], rel=1e-4)
+    assert again.rows_per_micro_batch == 1 and again.model.is_gradient_checkpointing and step == 4
 
 
 @pytest.mark.slow
@@ -229,7 +245,9 @@ def test_a_batch_whose_loss_is_not_finite_is_saved(run, alone):
     worker = build(config(run))
     worker.stage = replace(worker.stage, loss=not_finite)
     saved = run / "r" / "sft" / "non_finite" / "step-000001.safetensors"
-    with pytest.raises(FloatingPointError, match=f"step 1: a loss or gradient is not finite and no update was applied; the batch is in {saved}; lower"):
+    with pytest.raises(
+        FloatingPointError, match=f"step 1: a loss or gradient is not finite and no update was applied; the batch is in {saved}; look at it, and begin again"
+    ):
         next(worker.steps(0))
     found = load_file(saved)
     for name in ("token_ids", "loss_mask", "position_ids"):
