@@ -65,7 +65,7 @@ def prepare(config: SupervisedConfig) -> Ready:
     if config.window > shape.max_positions:
         raise StageError(f"window={config.window} is longer than the model's {shape.max_positions} positions; use at most so many")
     checkpoints = Checkpoints(directory / "checkpoint", config.checkpoint.keep)
-    latest = find_start(config, directory, checkpoints, MAY_DIFFER)
+    latest = find_start(config, directory, checkpoints, _may_differ(config))
     start = 0 if latest is None else checkpoints.step_of(latest)
     inputs = _inputs(config, model, reference, tokenizer, sources)
     if latest is not None:
@@ -109,6 +109,13 @@ def _before_this(config: SupervisedConfig, job: str) -> str:
 
 MAY_DIFFER = (*MAY_DIFFER_ON_RESUME, "epochs", "tokens", "cpus_per_worker", "wait_seconds", "hang_after_s", "validation_every", "early_stopping")
 """Fields that a resumed run may change."""
+LENGTH = ("steps", "epochs", "tokens")
+
+
+def _may_differ(config: SupervisedConfig) -> list[str]:
+    """Where shares move with the share of the run that is done, another length would have drawn other windows before: some twice, some never."""
+    moves = config.shares(0.0) != config.shares(1.0)
+    return [name for name in MAY_DIFFER if not (moves and name in LENGTH)]
 
 
 def _shape(model: str | None, preset: str) -> ModelShape:

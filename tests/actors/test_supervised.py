@@ -150,6 +150,17 @@ def test_a_resumed_stage_that_began_from_something_else_is_refused(run, stage, c
     )
 
 
+@pytest.mark.parametrize("length", [{"steps": 8}, {"epochs": 2}, {"tokens": 10_000}])
+def test_a_stage_whose_shares_move_keeps_its_length_when_it_goes_on(run, length):
+    start = begin(config(run, "midtrain", mix=MIX))
+    with pytest.raises(ValueError, match=rf"cannot resume from {start}, the configuration has changed \({next(iter(length))}: .*choose another run="):
+        prepare(config(run, "midtrain", mix=MIX, checkpoint={"resume": "auto"}, **length))
+    shutil.rmtree(run / "r" / "midtrain")
+    still = {"sums": {"weight": 3}, "others": {"weight": 1, "final_weight": 1}}
+    begin(config(run, "midtrain", mix=still))
+    assert prepare(config(run, "midtrain", mix=still, checkpoint={"resume": "auto"}, **length)).start == 2
+
+
 def learning(rows):
     """What rows say about learning, and not about the clock."""
     timed = ("train/mfu_percent", "train/mfu_percent_avg", "train/eta_minutes")
