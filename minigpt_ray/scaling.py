@@ -3,17 +3,27 @@
 A request is a file in the stage's directory, so it can be made on any machine that sees the run; the job takes it away.
 """
 
-import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from minigpt_ray.checkpoint import write_json_atomic
 from minigpt_ray.config import GeneratorPlacement
+
+logger = logging.getLogger(__name__)
 
 BUSY, IDLE = 0.2, 0.5
 """Idle shares of the pool: below the first it has enough to do, above the second too little."""
 PATIENCE = 3
 """Steps in a row with too little to do before a worker leaves: one that is missed costs more than one that waits."""
+
+
+class _Request(BaseModel, strict=True):
+    """What scale.json holds."""
+
+    generator: int
 
 
 @dataclass(frozen=True)
@@ -29,20 +39,26 @@ class Requests:
 
     def ask(self, workers: int) -> None:
         """Ask for so many workers; a request that was not taken yet is replaced."""
-        write_json_atomic(self.path, {"generator": workers})
+        write_json_atomic(self.path, _Request(generator=workers).model_dump())
 
     @property
     def is_taken(self) -> bool:
         return not self.path.exists()
 
     def take(self) -> int | None:
-        """What was asked for since the last time, None for nothing."""
+        """What was asked for since the last time, None for nothing. What cannot be read is said and ignored: the job goes on as it is."""
+        aside = self.path.with_name(".scale.json.taken")
         try:
-            asked = json.loads(self.path.read_text(encoding="utf-8"))
+            self.path.replace(aside)  # first, so that a request that is made from now on is another one
+            taken = aside.read_bytes()
+            aside.unlink()
+            return _Request.model_validate_json(taken).generator
         except FileNotFoundError:
             return None
-        self.path.unlink()
-        return int(asked["generator"])
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else 'it is not {"generator": N}'
+            logger.warning("%s is ignored: %s; ask with python -m jobs.scale", self.path, reason)
+            return None
 
 
 def refusal(workers: int, placement: GeneratorPlacement) -> str:

@@ -1,6 +1,12 @@
 """What may be asked for, how a request travels, and when a pool should grow or shrink by itself."""
 
+import array
+import fcntl
+import logging
 import os
+import termios
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +27,37 @@ def test_a_request_is_taken_once_and_the_last_one_counts(tmp_path: Path) -> None
     requests.ask(5)
     assert not requests.is_taken
     assert (requests.take(), requests.take()) == (5, None) and requests.is_taken
+
+
+def test_a_request_that_is_made_while_another_is_read_is_not_lost(tmp_path: Path) -> None:
+    requests = Requests(tmp_path)
+    os.mkfifo(requests.path)  # whose reader is held until the writer has closed it
+    writer = os.open(requests.path, os.O_RDWR)
+    os.write(writer, b'{"generator": 3}')
+    taken: list[int | None] = []
+    taker = threading.Thread(target=lambda: taken.append(requests.take()))
+    taker.start()
+    unread, deadline = array.array("i", [1]), time.monotonic() + 10
+    while unread[0] and time.monotonic() < deadline:
+        fcntl.ioctl(writer, termios.FIONREAD, unread)
+    requests.ask(5)
+    os.close(writer)
+    taker.join()
+    assert (taken, requests.take(), requests.take()) == ([3], 5, None)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b'{"generator": 4', b"{}", b'{"generator": null}', b'{"generator": true}', b'{"generator": 2.5}', b"[3]", b"\xff", b"[" * 100_000]
+)
+def test_a_request_that_cannot_be_read_is_said_and_ignored(tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    requests = Requests(tmp_path)
+    requests.path.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        assert requests.take() is None and requests.take() is None
+    assert caplog.messages == [f'{requests.path} is ignored: it is not {{"generator": N}}; ask with python -m jobs.scale']
+    assert not list(tmp_path.iterdir())
+    requests.ask(4)
+    assert requests.take() == 4
 
 
 @pytest.fixture
