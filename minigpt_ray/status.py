@@ -1,19 +1,24 @@
 """What a job is doing now: a small file that its driver keeps up to date, and the table that is read from it.
 
 status.json is replaced as a whole when the driver enters another phase, and touched every few seconds while the driver
-lives: its time is the last sign of life, which a driver that was killed cannot give any more.
+lives: its time is the last sign of life, which a driver that was killed cannot give any more. It is never a reason for a
+job to fail.
 """
 
 import json
+import logging
 import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+
+logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 5.0
 """Between two signs of life."""
@@ -47,6 +52,8 @@ class Status:
         self.path = directory / "status.json"
         now = time.time()
         self.state = State(stage, step, steps, began=now, since=now)
+        self._said = False
+        self._writing = threading.Lock()
         self._over = threading.Event()
         self._pulse = threading.Thread(target=self._beat, name="status", daemon=True)
 
@@ -79,13 +86,28 @@ class Status:
 
     def _write(self) -> None:
         """Replace the file. It need not survive the machine, so nothing waits for the disk."""
-        part = self.path.with_name(".status.json.partial")
-        part.write_text(json.dumps(asdict(self.state)), encoding="utf-8")
-        os.replace(part, self.path)
+        with self._whatever_the_disk_says(), self._writing:
+            part = self.path.with_name(".status.json.partial")
+            part.write_text(json.dumps(asdict(self.state)), encoding="utf-8")
+            os.replace(part, self.path)
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT_SECONDS):
-            os.utime(self.path)
+            with self._whatever_the_disk_says():
+                try:
+                    os.utime(self.path)
+                except FileNotFoundError:  # it could not be written before
+                    self._write()
+
+    @contextmanager
+    def _whatever_the_disk_says(self) -> Iterator[None]:
+        """An error of writing is said, the first time, and nothing else comes of it."""
+        try:
+            yield
+        except OSError as error:
+            if not self._said:
+                logger.warning("%s cannot be kept up to date (%s); the job goes on, but may look as if it were gone", self.path, error.strerror)
+            self._said = True
 
 
 # ---------------------------------------------------------------------------------------------------------- reading

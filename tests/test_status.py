@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -96,6 +97,23 @@ def test_a_sign_of_life_comes_without_the_drivers_help(tmp_path: Path, monkeypat
         while file.path.stat().st_mtime == 0 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert time.time() - file.path.stat().st_mtime < SILENT_SECONDS
+
+
+def test_a_disk_that_refuses_the_status_is_said_once_and_the_job_goes_on_and_so_do_the_signs_of_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("minigpt_ray.status.BEAT_SECONDS", 0.01)
+    with Status(tmp_path / "ppo", "ppo", 0, 9) as file:  # a directory that is not there, to begin with
+        file.phase("learn")
+        file.progress(3)
+        (tmp_path / "ppo").mkdir()
+        deadline = time.monotonic() + 10
+        while not file.path.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        seen = look(tmp_path)
+        assert seen.is_alive and (seen.state.step, seen.state.phase) == (3, "learn")
+        shutil.rmtree(tmp_path / "ppo")
+    assert caplog.messages == [f"{file.path} cannot be kept up to date (No such file or directory); the job goes on, but may look as if it were gone"]
 
 
 def test_phases_are_in_the_status_and_in_the_timeline(tmp_path: Path) -> None:
