@@ -5,6 +5,7 @@ JSON array after every step. Clocks of several machines count as equal.
 """
 
 import json
+import os
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -45,6 +46,8 @@ class Timeline:
         self._named: set[str] = set()
         if not resumed:
             path.unlink(missing_ok=True)
+        elif path.exists():
+            self._cut_back()
 
     def add(self, role: str, spans: Iterable[Span] = (), marks: Iterable[Mark] = (), step: int = 0) -> None:
         """Append what a role did in a step."""
@@ -67,6 +70,28 @@ class Timeline:
         with self.path.open("r+b") as file:
             file.seek(-1, 2)
             file.write(f",\n{text}".encode())
+
+    def _cut_back(self) -> None:
+        """End with the last whole event: the driver may have died, or the disk been full, in the middle of one. Each has a line of its own."""
+        content = self.path.read_bytes()
+        stop = len(content)
+        while stop > 0:
+            start = content.rfind(b"\n", 0, stop) + 1
+            event = content[start:stop].rstrip(b",]")
+            if _is_whole(event.removeprefix(b"[")):
+                os.truncate(self.path, start + len(event))
+                with self.path.open("ab") as file:
+                    file.write(b"]")
+                return
+            stop = start - 1
+        self.path.unlink()
+
+
+def _is_whole(event: bytes) -> bool:
+    try:
+        return isinstance(json.loads(event), dict)
+    except ValueError:
+        return False
 
 
 def joined(spans: Iterable[Span]) -> Iterator[Span]:

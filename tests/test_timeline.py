@@ -26,3 +26,17 @@ def test_the_file_is_a_trace_after_every_step_and_a_resumed_run_goes_on_with_it(
     assert len({event["pid"] for event in events}) == 2
     Timeline(path, resumed=False)
     assert not path.exists()
+
+
+def test_a_file_whose_last_events_were_torn_is_cut_back_to_its_whole_events_when_the_run_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "timeline.json"
+    Timeline(path, resumed=False).add("policy", [Span(0, "logprobs", 1.0, 2.0), Span(1, "update", 3.0, 4.0)], [Mark("policy, [restarted]", 5.0)])
+    whole = path.read_bytes()
+    for torn in [*(whole[:length] for length in range(len(whole) + 1)), whole + b"\0\0", whole[:-1] + b",\n\0\0\0"]:
+        path.write_bytes(torn)
+        timeline = Timeline(path, resumed=True)
+        if path.exists():
+            kept = json.loads(path.read_text())
+            assert kept == json.loads(whole)[: len(kept)] and len(kept) >= torn.count(b"\n")
+        timeline.add("critic", [Span(0, "values", 6.0, 7.0)])
+        assert [event["name"] for event in json.loads(path.read_text())][-2:] == ["process_name", "values"]
