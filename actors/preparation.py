@@ -4,6 +4,7 @@ Whatever can be refused without a tokenizer is refused before one is loaded, and
 """
 
 import logging
+import time
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from actors.parent import driver_restarts
 from actors.placement import roles_of
 from actors.prometheus import sinks
 from actors.reward_sources import check_sources
@@ -25,6 +27,7 @@ from minigpt_ray.memory import per_process
 from minigpt_ray.model_directory import config_json, resolve_model
 from minigpt_ray.object_store import check_store
 from minigpt_ray.presets import ModelShape
+from minigpt_ray.timeline import Mark
 from minigpt_ray.tokenizer import load_tokenizer
 from minigpt_ray.tracking import Tracker
 
@@ -114,6 +117,8 @@ class Preparation:
         epochs = -(-self.config.steps * self.config.prompts_per_step // len(self.prompts))
         exported = sinks(self.config.logging, self.config.run, "ppo")
         tracker = Tracker(self.directory, "ppo", resolved(self.config), self.config.logging, self.config.steps, step, epochs=epochs, sinks=exported)
+        if driver_restarts():
+            tracker.events("driver", marks=[Mark("driver restarted", time.time())])
         tracker.message(self._greeting(self.prompts, step))
         return tracker
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from actors.parent import RESTARTS
 from actors.preparation import Preparation, refuse_differences
 from actors.weights import PROBE_LENGTH
 from minigpt_ray.checkpoint import Checkpoints
@@ -59,6 +60,15 @@ def test_nothing_is_written_before_the_tracker_opens(config: Callable[..., PPOCo
     assert not (run / "ppo").exists()
     with ready.tracker():
         assert (run / "ppo" / "config.yaml").is_file()
+
+
+def test_a_restart_of_the_driver_is_a_mark_of_the_timeline(config: Callable[..., PPOConfig], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timeline = run / "ppo" / "timeline.json"
+    with Preparation(config()).tracker():
+        assert not timeline.exists()
+    monkeypatch.setenv(RESTARTS, "1")
+    with Preparation(config("checkpoint.resume=auto")).tracker():
+        assert [event["name"] for event in json.loads(timeline.read_text())] == ["process_name", "driver restarted"]
 
 
 def test_a_stage_that_has_not_run_is_named(config: Callable[..., PPOConfig], run: Path) -> None:
