@@ -38,6 +38,11 @@ class Logged:
 
 
 @dataclass(frozen=True)
+class Saving:
+    """A checkpoint of the steps so far is about to be written."""
+
+
+@dataclass(frozen=True)
 class Stopped:
     """No more rows; `fault` says why, or is empty when all steps were taken."""
 
@@ -97,7 +102,8 @@ class Sender:
         ray.get(self._before)
 
     def settle(self) -> None:
-        """Returns once the driver has dealt with everything that was sent."""
+        """Returns once the driver has dealt with everything that was sent, and the disk holds it."""
+        self.send(Saving())
         ray.get(self._before)
         ray.get(self._mailbox.settled.remote())
 

@@ -26,7 +26,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from actors.dataset import Sources, left_out, prepare_windows
-from actors.mailbox import Begun, Logged, Mailbox, Started, Stopped, work
+from actors.mailbox import Begun, Logged, Mailbox, Saving, Started, Stopped, work
 from actors.parent import driver_restarts
 from actors.placement import connect, environment
 from actors.preflight import preflight
@@ -175,6 +175,8 @@ def _deliver(mailbox: Any, tracker: Tracker, hang_after_s: float) -> Stopped:
                 if isinstance(message, Logged):
                     for row in message.rows:
                         tracker.log(message.step, row | ({"restarts/driver": driver_restarts()} if "train/epoch" in row else {}))
+                elif isinstance(message, Saving):
+                    tracker.sync()
                 elif isinstance(message, Begun):
                     begun, patience = begun + 1, hang_after_s
                     if begun > 1:

@@ -149,6 +149,7 @@ class Training:
             gather(self.policy.save(directory), self.critic.save(directory)).result()
             self.ready.checkpoints.save_state(directory, asdict(self.state))
             write_resolved(self.config, directory)
+            self.tracker.sync()  # no checkpoint has steps of which metrics.jsonl does not know
             self.ready.checkpoints.commit(self.state.step)
         self._saved = self.state.step
         self._rewinds_left = self.config.restart_limit

@@ -369,6 +369,15 @@ class Tracker:
         if self.batches:
             save_batch(self.directory / "batches", step, dict(_arrays("", values)), {}, keep=self.batches)
 
+    def sync(self) -> None:
+        """Have the disk hold all rows, before a checkpoint says that their steps were taken."""
+        for path in (self.metrics_path, self.samples_path, self.directory):
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
     def rewind(self, step: int) -> None:
         """Forget the rows after `step`, since these steps will be taken again."""
         self._metrics.close()

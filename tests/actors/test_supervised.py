@@ -5,26 +5,31 @@ import math
 import os
 import shutil
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import ray
 import torch
 import torch.distributed as dist
 from safetensors.numpy import load_file
 
 from actors.dataset import Sources, pack_windows
 from actors.group import RankHost
+from actors.mailbox import Logged, Mailbox, Sender, Stopped
 from actors.reference_logprobs import with_reference
 from actors.reward_sources import load_calibration
 from actors.stage_inputs import StageError, prepare
+from actors.supervised import _deliver
 from actors.supervised_rank import SupervisedRank, num_steps
 from minigpt_ray.cli import write_resolved
-from minigpt_ray.config import DPOConfig, MidtrainConfig, PretrainConfig, RewardModelConfig, SFTConfig
+from minigpt_ray.config import DPOConfig, LoggingConfig, MidtrainConfig, PretrainConfig, RewardModelConfig, SFTConfig
 from minigpt_ray.inputs import fingerprint_of_model
 from minigpt_ray.models import TokenLogprobs, build_causal, export, load_causal, load_scalar
 from minigpt_ray.stages import REFERENCE, STAGES, Batch
 from minigpt_ray.tokenizer import load_tokenizer, train_tokenizer
+from minigpt_ray.tracking import Tracker
 from tests.actors.ranks import run_ranks
 from tests.test_metrics_doc import documented
 
@@ -380,3 +385,28 @@ def test_two_ranks_learn_as_one(run, alone):
                 torch.testing.assert_close(found[kind][name], tensor, rtol=1e-4, atol=tolerance)
     for stage in expected:
         assert max(float(tensor.abs().max()) for tensor in expected[stage]["gradient"].values()) > 1e-2
+
+
+# ------------------------------------------------------------------------------------------------- rows on their way
+
+
+@pytest.fixture
+def mailbox(ray_cluster):
+    made = ray.remote(Mailbox).options(num_cpus=0).remote()
+    yield made
+    ray.kill(made)
+
+
+@pytest.mark.ray
+def test_rows_are_on_the_disk_once_a_worker_may_save(mailbox, tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))), fsync(handle)))
+    with Tracker(tmp_path, "sft", {}, LoggingConfig(), 9) as tracker, ThreadPoolExecutor(1) as threads:
+        delivery = threads.submit(_deliver, mailbox, tracker, 60)
+        sender = Sender(mailbox)
+        sender.send(Logged(1, [{"train/epoch": 0.5}]))
+        sender.settle()
+        before_saving = list(synced)
+        sender.stop(Stopped(""))
+        assert not delivery.result(60).fault
+    assert "metrics.jsonl" in before_saving

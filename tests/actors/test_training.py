@@ -1,0 +1,42 @@
+"""The course of a PPO run, as far as it can be told without processes: what a checkpoint waits for."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from actors.group import Pending
+from actors.training import Training
+from minigpt_ray.checkpoint import Checkpoints
+from minigpt_ray.cli import resolved
+from minigpt_ray.config import PPOConfig
+from minigpt_ray.rl.experience import TrainingState
+from minigpt_ray.tracking import Tracker
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Training:
+    """After a step that is not saved, with learners that have nothing to save."""
+    training, config = object.__new__(Training), PPOConfig()
+    training.config, training.tracker = config, Tracker(tmp_path, "ppo", resolved(config), config.logging, config.steps)
+    training.ready = SimpleNamespace(checkpoints=Checkpoints(tmp_path / "checkpoint", keep=2))  # type: ignore[assignment]
+    training.policy = training.critic = SimpleNamespace(save=lambda directory: Pending.done(None))  # type: ignore[assignment]
+    training.state, training._saved = TrainingState(7, prompts_drawn=7, epoch=1, num_tokens_generated=70, kl_coef=0.0), 6
+    return training
+
+
+def test_the_disk_holds_the_rows_of_a_step_before_there_is_a_checkpoint_of_it(training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def recorded(handle: int) -> None:
+        fsync(handle)
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        synced.append(path.name if not list(tmp_path.glob("checkpoint/step-*")) else f"{path.name} after the commit")
+
+    training.tracker.log(7, {"train/epoch": 1})
+    monkeypatch.setattr(os, "fsync", recorded)
+    training._save()
+    assert {"metrics.jsonl", "samples.jsonl", tmp_path.name} < set(synced)
+    assert training.ready.checkpoints.latest() == tmp_path / "checkpoint" / "step-000007"
