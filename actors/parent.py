@@ -27,6 +27,7 @@ from typing import TypeVar, cast
 
 from actors.lineage import adopt_orphans, die_with_parent, reap
 from actors.stacks import examine_and_kill, keep_stacks_at_hand, kill_children
+from minigpt_ray.cli import one_sentence
 from minigpt_ray.config import PPOConfig, SupervisedConfig
 
 C = TypeVar("C", bound=PPOConfig | SupervisedConfig)
@@ -76,10 +77,13 @@ def driver_restarts() -> int:
 
 
 def _drive(train: Callable[[C], None], config: C, restarts: int) -> bool:
-    """The life of a driver; False when Ray was lost, or a role outside of a step. Other exceptions are raised."""
+    """The life of a driver; False when Ray was lost, or a role outside of a step. Other exceptions are raised; a file that cannot be written is a sentence."""
+    from minigpt_ray.checkpoint import CheckpointError
+
     os.environ[RESTARTS] = str(restarts)
     try:
-        train(config)
+        with one_sentence((CheckpointError,)):
+            train(config)
     except Exception as error:
         from ray.exceptions import RayError, RayTaskError
 

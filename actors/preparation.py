@@ -29,7 +29,7 @@ from minigpt_ray.object_store import check_store
 from minigpt_ray.presets import ModelShape
 from minigpt_ray.timeline import Mark
 from minigpt_ray.tokenizer import load_tokenizer
-from minigpt_ray.tracking import Tracker
+from minigpt_ray.tracking import Tracker, writing
 
 logger = logging.getLogger(__name__)
 
@@ -110,9 +110,10 @@ class Preparation:
 
     def tracker(self) -> Tracker:
         """Opens the run's files, cut back to the checkpoint that the run goes on from."""
-        write_resolved(self.config, self.directory)
-        if self.start is None:
-            self.inputs.keep(self.directory)
+        with writing(self.directory / "config.yaml"):
+            write_resolved(self.config, self.directory)
+            if self.start is None:
+                self.inputs.keep(self.directory)
         step = 0 if self.start is None else self.checkpoints.step_of(self.start)
         epochs = -(-self.config.steps * self.config.prompts_per_step // len(self.prompts))
         exported = sinks(self.config.logging, self.config.run, "ppo")

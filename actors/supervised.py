@@ -40,7 +40,7 @@ from minigpt_ray.data.prepared import provenance
 from minigpt_ray.object_store import deliver
 from minigpt_ray.stages import STAGES, Stage
 from minigpt_ray.tokenizer import load_tokenizer
-from minigpt_ray.tracking import Tracker
+from minigpt_ray.tracking import Tracker, writing
 
 RESTARTS = 2
 """How often dead workers are replaced, all of them together, before the run stops; they go on from the newest checkpoint."""
@@ -74,9 +74,10 @@ def fit(ready: Ready) -> Path:
             )
     steps = num_steps(config, windows)
     baseline = _baseline(stage, windows, validation)
-    write_resolved(config, ready.directory)
-    if not ready.start:
-        ready.inputs.keep(ready.directory)
+    with writing(ready.directory / "config.yaml"):
+        write_resolved(config, ready.directory)
+        if not ready.start:
+            ready.inputs.keep(ready.directory)
     epochs = -(-steps * config.batch_size // len(windows))
     exported = sinks(config.logging, config.run, stage.name)
     with Tracker(ready.directory, stage.name, resolved(config), config.logging, steps, ready.start, epochs=epochs, sinks=exported) as tracker:
@@ -98,7 +99,7 @@ def fit(ready: Ready) -> Path:
             finally:
                 signal.signal(signal.SIGTERM, handler)
                 mailbox.put.remote(Stopped(""))  # else a failure would leave the delivery waiting
-            stopped = delivery.result()
+                stopped = delivery.result()  # whose own failure, as of a full disk, is the reason of the workers'
         if stopped.fault:
             raise StageError(stopped.fault)
         shutil.rmtree(ready.directory / "ray_train")

@@ -25,7 +25,7 @@ from actors.reference_logprobs import with_reference
 from actors.stacks import keep_stacks_at_hand
 from actors.stage_inputs import Ready
 from actors.watchdog import Whereabouts, outlast
-from minigpt_ray.checkpoint import batch_path, save_batch, write_json_atomic
+from minigpt_ray.checkpoint import batch_path, naming, save_batch, write_json_atomic
 from minigpt_ray.cli import write_resolved
 from minigpt_ray.config import SupervisedConfig
 from minigpt_ray.data.mixing import Reading
@@ -277,7 +277,8 @@ class SupervisedRank:
         if self.rank == 0:
             state = {"step": step, "num_tokens_seen": self.num_tokens_seen, "validated": self.validated, "patience": asdict(self.patience)}
             checkpoints.save_state(begun[0], state)
-            write_resolved(self.config, begun[0])
+            with naming(begun[0]):
+                write_resolved(self.config, begun[0])
             checkpoints.commit(step)
         dist.barrier()
 

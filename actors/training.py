@@ -14,13 +14,13 @@ from actors.parent import driver_restarts
 from actors.placement import peak_flops
 from actors.policy import Policy
 from actors.preparation import Preparation
-from minigpt_ray.checkpoint import write_json_atomic
+from minigpt_ray.checkpoint import naming, write_json_atomic
 from minigpt_ray.cli import write_resolved
 from minigpt_ray.data.prompts import PromptStream
 from minigpt_ray.flops import ppo_step_flops
 from minigpt_ray.rl.experience import RolloutBatch, TrainingState
 from minigpt_ray.scaling import Requests
-from minigpt_ray.tracking import Rates, Timer, Tracker
+from minigpt_ray.tracking import Rates, Timer, Tracker, writing
 
 
 class Terminated(Exception):
@@ -59,7 +59,9 @@ class Training:
         """Keep processes.json up to date: which process of which host is which rank of which role."""
         self._changes_written = sum(role.changes for role in self.roles)
         roles = {role.role: role.whereabouts() for role in self.roles}
-        write_json_atomic(self.ready.directory / "processes.json", {"driver": os.getpid(), "roles": roles})
+        path = self.ready.directory / "processes.json"
+        with writing(path):
+            write_json_atomic(path, {"driver": os.getpid(), "roles": roles})
 
     def run(self, step: Callable[[TrainingState], TrainingState]) -> None:
         """Take the steps that are left.
@@ -148,7 +150,8 @@ class Training:
             directory = self.ready.checkpoints.begin(self.state.step)
             gather(self.policy.save(directory), self.critic.save(directory)).result()
             self.ready.checkpoints.save_state(directory, asdict(self.state))
-            write_resolved(self.config, directory)
+            with naming(directory):
+                write_resolved(self.config, directory)
             self.tracker.sync()  # no checkpoint has steps of which metrics.jsonl does not know
             self.ready.checkpoints.commit(self.state.step)
         self._saved = self.state.step

@@ -12,6 +12,7 @@ may have several (its training row, then its evaluation). The driver owns the tr
 With `logging.batches` the tensors that a step was made of are kept as well; tests/recompute.py recomputes rows from them.
 """
 
+import errno
 import json
 import math
 import os
@@ -21,21 +22,38 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
+from io import FileIO
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Protocol, SupportsFloat, TextIO, runtime_checkable
+from typing import Any, Protocol, SupportsFloat, runtime_checkable
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 
-from minigpt_ray.checkpoint import save_batch
+from minigpt_ray.checkpoint import CheckpointError, batch_path, save_batch
 from minigpt_ray.config import LoggingConfig
 from minigpt_ray.status import Status
 from minigpt_ray.timeline import Mark, Span, Timeline
 
 Row = Mapping[str, int | float]
 """Metrics by name."""
+
+
+class NotWritten(CheckpointError):
+    """A file of a run could not be written, which ends a job as a checkpoint does that could not be: one sentence with the reason, the place and the remedy."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say which file an error of writing is about; raises NotWritten."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # the latter has no number
+        number, reason = (error.errno, error.strerror) if isinstance(error, OSError) else (errno.EIO, str(error))
+        raise NotWritten(number, f"{reason} while writing {path}; checkpoints are untouched: make room, and go on with checkpoint.resume=auto") from error
+
 
 # ------------------------------------------------------------------------------------------------ time and rates
 
@@ -170,7 +188,7 @@ def _cut_back(path: Path, step: int) -> None:
         return
     kept = [row for row in _rows(path) if row["step"] <= step]
     part = path.with_name(f".{path.name}.partial")
-    with part.open("w", encoding="utf-8") as file:
+    with writing(path), part.open("w", encoding="utf-8") as file:
         file.writelines(_line(row) for row in kept)
         file.flush()
         os.fsync(file.fileno())
@@ -288,7 +306,8 @@ class Tracker:
         earlier run are kept beside them as *.previous.jsonl. `epochs` is how many passes over the data `total_steps` are.
         Metrics go to `sinks` as well.
         """
-        directory.mkdir(parents=True, exist_ok=True)
+        with writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
         self.directory, self.total_steps, self.epochs, self.every, self.batches = directory, total_steps, epochs, logging.every, logging.batches
         self.step = resume_step
         for path in (self.metrics_path, self.samples_path):
@@ -298,7 +317,8 @@ class Tracker:
                 path.replace(path.with_suffix(".previous.jsonl"))
         self._open()
         self.status = Status(directory, stage, resume_step, total_steps)
-        self.timeline = Timeline(directory / "timeline.json", resumed=resume_step > 0) if logging.timeline else None
+        with writing(directory / "timeline.json"):
+            self.timeline = Timeline(directory / "timeline.json", resumed=resume_step > 0) if logging.timeline else None
         self._phase = ("", 0.0)
         self._sinks: list[Sink] = list(sinks)
         if logging.wandb != "disabled":
@@ -347,7 +367,8 @@ class Tracker:
     def events(self, role: str, spans: Iterable[Span] = (), marks: Iterable[Mark] = ()) -> None:
         """What a role did in the step that is under way, for timeline.json."""
         if self.timeline is not None:
-            self.timeline.add(role, spans, marks, self.step + 1)
+            with writing(self.timeline.path):
+                self.timeline.add(role, spans, marks, self.step + 1)
 
     def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Append one row, `{"step", "train/global_step", **metrics}`, and pass it on; a non-finite value is written as null."""
@@ -367,14 +388,16 @@ class Tracker:
     def batch(self, step: int, **values: Any) -> None:
         """Write the tensors and numbers in `values` to batches/, by dotted names; those of the newest `logging.batches` steps stay."""
         if self.batches:
-            save_batch(self.directory / "batches", step, dict(_arrays("", values)), {}, keep=self.batches)
+            with writing(batch_path(self.directory / "batches", step)):
+                save_batch(self.directory / "batches", step, dict(_arrays("", values)), {}, keep=self.batches)
 
     def sync(self) -> None:
         """Have the disk hold all rows, before a checkpoint says that their steps were taken."""
         for path in (self.metrics_path, self.samples_path, self.directory):
             handle = os.open(path, os.O_RDONLY)
             try:
-                os.fsync(handle)
+                with writing(path):
+                    os.fsync(handle)
             finally:
                 os.close(handle)
 
@@ -392,8 +415,11 @@ class Tracker:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _open(self) -> None:
-        self._metrics = self.metrics_path.open("a", encoding="utf-8")
-        self._samples = self.samples_path.open("a", encoding="utf-8")
+        with writing(self.directory):
+            self._metrics, self._samples = (
+                FileIO(self.metrics_path, "a"),
+                FileIO(self.samples_path, "a"),
+            )  # no buffer, whose rest a full disk would refuse again at the end
 
     def _progress(self, step: int) -> None:
         self.step = step
@@ -402,9 +428,11 @@ class Tracker:
             self._bar.update(self._task, completed=step)
 
 
-def _append(file: TextIO, rows: list[dict[str, Any]]) -> None:
-    file.write("".join(_line(row) for row in rows))
-    file.flush()
+def _append(file: FileIO, rows: list[dict[str, Any]]) -> None:
+    lines = "".join(_line(row) for row in rows).encode()
+    with writing(Path(os.fsdecode(file.name))):
+        while lines:  # a disk that is nearly full takes a part
+            lines = lines[file.write(lines) :]
 
 
 def _arrays(place: str, value: Any) -> Iterator[tuple[str, Any]]:

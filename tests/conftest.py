@@ -1,7 +1,9 @@
 """What every test shares: a quiet environment with fixed thread counts, and one local Ray for those that need it."""
 
 import os
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before anything imports torch, ray or vllm, which read these once. One thread each: several processes share the cores,
 # and two-thread work collapses when another process takes one.
@@ -46,3 +48,14 @@ def ray_cluster() -> Iterator[None]:
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=True, logging_level="warning")
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB, which tests/disks.py fills."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)

@@ -12,8 +12,11 @@ import torch
 from rich.console import Console
 from safetensors.numpy import load_file
 
+from minigpt_ray.checkpoint import CheckpointError
 from minigpt_ray.config import LoggingConfig
+from minigpt_ray.timeline import Span
 from minigpt_ray.tracking import Rates, Timer, Tracker, console_line, read_metrics, read_samples
+from tests.disks import fill
 
 PPO_ROW = {
     "train/epoch": 1,
@@ -246,3 +249,39 @@ def test_no_batches_are_written_unless_asked(tmp_path):
     with open_tracker(tmp_path) as tracker:
         tracker.batch(1, scores=value_of(1))
     assert not (tmp_path / "batches").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- a full disk
+
+LONG = "a" * 8192
+WRITES = {
+    "metrics.jsonl": lambda tracker: tracker.log(3, {LONG: 1.0}),
+    "samples.jsonl": lambda tracker: tracker.samples(3, [{"text": LONG}]),
+    "timeline.json": lambda tracker: tracker.events("policy", [Span(0, LONG, 1.0, 2.0)]),
+    "batches/step-000003.safetensors": lambda tracker: tracker.batch(3, mask=torch.zeros(9999)),
+    "metrics.jsonl, to take steps again": lambda tracker: tracker.rewind(2),
+}
+
+
+@pytest.mark.parametrize("what", WRITES)
+def test_a_full_disk_is_one_sentence_and_once_there_is_room_the_run_goes_on_with_all_that_was_committed(small_disk, what):
+    directory = small_disk / "ppo"
+    with pytest.raises(CheckpointError) as refused, open_tracker(directory, batches=1) as tracker:
+        for step in (1, 2):
+            tracker.log(step, {"a": step / 3})
+            tracker.samples(step, [{"text": "é"}])
+        tracker.events("policy", [Span(0, "update", 1.0, 2.0)])
+        filler = fill(small_disk)
+        WRITES[what](tracker)
+    place = directory / what.partition(",")[0]
+    assert f"while writing {place}; checkpoints are untouched: make room, and go on with checkpoint.resume=auto" in str(refused.value)
+    assert "No space left on device" in str(refused.value)
+    with pytest.raises(CheckpointError):
+        open_tracker(directory, resume_step=2)
+    filler.unlink()
+    with open_tracker(directory, resume_step=2) as tracker:
+        tracker.log(3, {"a": 1.0})
+        tracker.events("policy", [Span(0, "update", 3.0, 4.0)])
+    assert [row["a"] for row in read_metrics(directory / "metrics.jsonl")] == [1 / 3, 2 / 3, 1.0]
+    assert [row["step"] for row in read_samples(directory / "samples.jsonl")] == [1, 2]
+    assert len(json.loads((directory / "timeline.json").read_text())) == 4

@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.disks import fill
+
 CHECKOUT = Path(__file__).parents[2]
 
 JOB = """
@@ -195,3 +197,11 @@ def is_alive(process: psutil.Process) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_a_full_disk_ends_the_job_with_a_sentence_and_no_other_driver_is_started(small_disk: Path) -> None:
+    fill(small_disk)
+    body = f"from pathlib import Path; from minigpt_ray.tracking import Tracker; Tracker(Path('{small_disk}/ppo'), 'ppo', {{}}, config.logging, 9).log(1, {{}})"
+    code, out, err = finish(body)
+    assert code == 2 and drivers(out) == [["0", "never"]]
+    assert len(err) == 1 and f"No space left on device while writing {small_disk}/ppo" in err[0]
