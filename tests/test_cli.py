@@ -223,3 +223,25 @@ def test_a_submitted_job_needs_an_absolute_output_dir(file, monkeypatch):
 def test_an_output_dir_that_is_a_url_is_refused():
     with pytest.raises(ConfigError, match="s3:/bucket/runs is a URL, but a run is kept in a file system that every node sees"):
         read_config(PPOConfig, ["output_dir=s3://bucket/runs"])
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://KEY:SECRET@bucket/models", "s3://KEY:SEC/RET@bucket", "abfs://:SECRET@account.dfs.core.windows.net/models", "hdfs://me:SECRET@host:8020/x"]
+)
+def test_a_url_with_credentials_is_refused_as_it_would_be_written_down(file, url):
+    with pytest.raises(ConfigError, match=r"export_to: the URL holds credentials, .*; give them to the driver's environment") as refused:
+        read_config(PPOConfig, [file(f"export_to: {url}")])
+    assert "RET" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["s3://bucket/models", "gs://bucket", "abfs://container@account.dfs.core.windows.net/a@b:c", "hdfs://me@host:8020/x", "hdfs://host:8020", "file:///a:b@c"],
+)
+def test_a_url_without_credentials_is_taken(url):
+    assert read_config(PPOConfig, [f"export_to={url}"]).export_to == url
+
+
+def test_a_url_with_a_query_is_refused():
+    with pytest.raises(ConfigError, match="export_to"):
+        read_config(PPOConfig, ["export_to=abfs://account/models?client_secret=no"])

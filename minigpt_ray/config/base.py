@@ -135,8 +135,17 @@ class JobConfig(Config):
 class TrainingConfig(JobConfig):
     """What every job has that makes a model."""
 
-    export_to: str | None = Field(default=None, pattern=r"^\w+://[^\s?]+")
+    export_to: str | None = Field(default=None, pattern=r"^\w+://[^\s?]+$")
     """URL below which the finished model is written as well, as <export_to>/<run>/<stage>: s3://bucket/models, gs://, abfs://, hdfs:// or file://. It is tried before the job starts; credentials are those of the driver's environment."""
+
+    @field_validator("export_to")
+    @classmethod
+    def _holds_no_secret(cls, url: str | None) -> str | None:
+        # A password before an @, or cut off by a "/" in it: then a colon that is not a port's is left.
+        if re.match(r"\w+://([^/]*:[^/]*@|[^/]*:(?!\d{1,5}(/|$)))", url or ""):
+            needed = "give them to the driver's environment, and the URL without them"
+            raise ValueError(f"the URL holds credentials, which would be written into config.yaml and the logs; {needed}")
+        return url
 
 
 class SamplingConfig(Config):
