@@ -77,12 +77,16 @@ def driver_restarts() -> int:
 
 
 def _drive(train: Callable[[C], None], config: C, restarts: int) -> bool:
-    """The life of a driver; False when Ray was lost, or a role outside of a step. Other exceptions are raised; a file that cannot be written is a sentence."""
+    """The life of a driver; False when Ray was lost, or a role outside of a step. Other exceptions are raised.
+
+    That a file cannot be written, or is written by another driver too, is a sentence.
+    """
     from minigpt_ray.checkpoint import CheckpointError
+    from minigpt_ray.status import InUse
 
     os.environ[RESTARTS] = str(restarts)
     try:
-        with one_sentence((CheckpointError,)):
+        with one_sentence((CheckpointError, InUse)):
             train(config)
     except Exception as error:
         from ray.exceptions import RayError, RayTaskError

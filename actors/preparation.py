@@ -27,6 +27,7 @@ from minigpt_ray.memory import per_process
 from minigpt_ray.model_directory import config_json, resolve_model
 from minigpt_ray.object_store import check_store
 from minigpt_ray.presets import ModelShape
+from minigpt_ray.status import refuse_another
 from minigpt_ray.timeline import Mark
 from minigpt_ray.tokenizer import load_tokenizer
 from minigpt_ray.tracking import Tracker, writing
@@ -110,6 +111,7 @@ class Preparation:
 
     def tracker(self) -> Tracker:
         """Opens the run's files, cut back to the checkpoint that the run goes on from."""
+        refuse_another(self.directory)  # which may have begun meanwhile
         with writing(self.directory / "config.yaml"):
             write_resolved(self.config, self.directory)
             if self.start is None:
@@ -141,8 +143,8 @@ class Preparation:
 def find_start(config: PPOConfig | SupervisedConfig, directory: Path, checkpoints: Checkpoints, may_differ: Collection[str]) -> Path | None:
     """The checkpoint to go on from, None for the beginning.
 
-    Raises ValueError where checkpoint.resume=never would write over an earlier run, and where a resumed run would be
-    another run than the one that was saved.
+    Raises ValueError where checkpoint.resume=never would write over an earlier run, where a resumed run would be another run
+    than the one that was saved, and where another driver is at it.
     """
     if config.checkpoint.resume == "never":
         found = [path for path in (directory / "checkpoint", directory / "model", directory / "metrics.jsonl") if path.exists()]
@@ -151,6 +153,7 @@ def find_start(config: PPOConfig | SupervisedConfig, directory: Path, checkpoint
                 f"{found[0]} is there from an earlier run, which would be written over; go on from it with checkpoint.resume=auto, choose another run=, or remove {directory}"
             )
         return None
+    refuse_another(directory)
     start = checkpoints.latest()
     if start is not None:
         refuse_differences(yaml.safe_load((start / "config.yaml").read_text()), resolved(config), start, may_differ)

@@ -39,6 +39,7 @@ from minigpt_ray.config import ExamplesConfig, RolePlacement
 from minigpt_ray.data.prepared import provenance
 from minigpt_ray.object_store import deliver
 from minigpt_ray.stages import STAGES, Stage
+from minigpt_ray.status import refuse_another
 from minigpt_ray.tokenizer import load_tokenizer
 from minigpt_ray.tracking import Tracker, writing
 
@@ -74,6 +75,7 @@ def fit(ready: Ready) -> Path:
             )
     steps = num_steps(config, windows)
     baseline = _baseline(stage, windows, validation)
+    refuse_another(ready.directory)  # which may have begun meanwhile
     with writing(ready.directory / "config.yaml"):
         write_resolved(config, ready.directory)
         if not ready.start:

@@ -2,12 +2,13 @@
 
 status.json is replaced as a whole when the driver enters another phase, and touched every few seconds while the driver
 lives: its time is the last sign of life, which a driver that was killed cannot give any more. It is never a reason for a
-job to fail.
+job to fail, except that another driver may not write the same stage.
 """
 
 import json
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,8 @@ BEAT_SECONDS = 5.0
 """Between two signs of life."""
 SILENT_SECONDS = 30.0
 """Without one for so long, a driver counts as gone: a busy disk delays a few."""
+LOOK_SECONDS = 0.5
+"""Between two looks for a sign of life."""
 TAIL_BYTES = 1 << 16
 """Of metrics.jsonl, in which its last rows are looked for."""
 
@@ -43,6 +46,13 @@ class State:
     """When the phase began."""
     end: str = ""
     """How the job ended; empty while it runs."""
+    host: str = ""
+    """Of the driver, as its number."""
+    pid: int = 0
+    born: int = 0
+    """When the kernel started it, in clock ticks since the machine's boot: a number is given again."""
+    kernel: str = ""
+    """The boot and the namespace in which the number is its; empty when that is not known, as in a file of an earlier version."""
 
 
 class Status:
@@ -51,7 +61,8 @@ class Status:
     def __init__(self, directory: Path, stage: str, step: int, steps: int) -> None:
         self.path = directory / "status.json"
         now = time.time()
-        self.state = State(stage, step, steps, began=now, since=now)
+        pid = os.getpid()
+        self.state = State(stage, step, steps, began=now, since=now, host=socket.gethostname(), pid=pid, born=_born(pid), kernel=_kernel())
         self._said = False
         self._writing = threading.Lock()
         self._over = threading.Event()
@@ -108,6 +119,72 @@ class Status:
             if not self._said:
                 logger.warning("%s cannot be kept up to date (%s); the job goes on, but may look as if it were gone", self.path, error.strerror)
             self._said = True
+
+
+# -------------------------------------------------------------------------------------------------- another driver
+
+
+class InUse(ValueError):
+    """Another driver writes a stage: one sentence with who that is and the remedy."""
+
+
+def refuse_another(directory: Path) -> None:
+    """Raise InUse when a driver that lives, other than this process, writes the stage in `directory`.
+
+    Of a process of this machine that is known at once. One of another machine is given the time that is left until it would
+    count as gone. Clocks of several machines count as equal.
+    """
+    path = directory / "status.json"
+    if not path.exists():
+        return
+    state, last = _sign_of_life(path)
+    kernel, age = _kernel(), time.time() - last
+    here = state.kernel == kernel != ""
+    if state.end or (here and (state.pid == os.getpid() or _born(state.pid) != state.born)):
+        return
+    who = f"process {state.pid} on {state.host}" if state.pid else "a process that is not named"
+    left = SILENT_SECONDS - max(0.0, age)
+    if not here and left > 0:
+        logger.warning("%s: %s gave a sign of life %s ago; waiting up to %.0f s for another, without which it counts as gone", directory, who, _span(age), left)
+    deadline = time.monotonic() + left
+    while not here:
+        if time.monotonic() > deadline:
+            return
+        time.sleep(LOOK_SECONDS)
+        state, newer = _sign_of_life(path)
+        if state.end:
+            return
+        if newer != last:
+            last = newer
+            break
+    raise InUse(f"{directory} is written by {who}, which gave a sign of life {_span(time.time() - last)} ago; stop it, or choose another run=")
+
+
+def _sign_of_life(path: Path) -> tuple[State, float]:
+    """Who gave the last one, nobody by name where the machine went down with the file half written, and when."""
+    text = path.read_bytes()  # opened, and so asked for anew of a file system of several machines
+    try:
+        state = State(**json.loads(text))
+    except (ValueError, TypeError):
+        state = State("", 0, 0, began=0.0)
+    return state, path.stat().st_mtime
+
+
+def _kernel() -> str:
+    """Of this process; empty where the system does not say it."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _born(pid: int) -> int:
+    """When the kernel started a process, 0 when none of that number lives."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return 0
+    return 0 if state in (b"Z", b"X") else int(fields[18])
 
 
 # ---------------------------------------------------------------------------------------------------------- reading

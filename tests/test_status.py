@@ -4,17 +4,25 @@ import io
 import json
 import os
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 from rich.console import Console
 
 from jobs.status import main as status
 from minigpt_ray.config import LoggingConfig
-from minigpt_ray.status import SILENT_SECONDS, Seen, Status, look, status_table
+from minigpt_ray.status import SILENT_SECONDS, InUse, Seen, Status, look, refuse_another, status_table
 from minigpt_ray.tracking import Timer, Tracker
 
+CHECKOUT = Path(__file__).parents[1]
 ROW = {
     "train/epoch": 1,
     "train/tokens_per_second": 100.0,
@@ -151,3 +159,91 @@ def test_a_directory_without_a_run_is_one_sentence(tmp_path: Path, capsys: pytes
     with pytest.raises(SystemExit):
         status([str(tmp_path)])
     assert "no stage of a run has a status.json" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------- another driver
+
+DRIVER = """
+import sys
+from pathlib import Path
+from minigpt_ray import status
+status.BEAT_SECONDS = 0.05
+if sys.argv[2:]:
+    status._kernel = lambda: sys.argv[2]
+with status.Status(Path(sys.argv[1]), "ppo", 3, 9):
+    print("began", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def driver(directory: Path, *kernel: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that writes a stage, on this machine or as if on another; it ends when its input does."""
+    with subprocess.Popen([sys.executable, "-c", DRIVER, directory, *kernel], cwd=CHECKOUT, stdin=PIPE, stdout=PIPE, text=True) as process:
+        try:
+            assert process.stdout and process.stdout.readline() == "began\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_stage_is_refused_while_a_process_of_this_machine_writes_it_and_at_once_no_more_when_that_died(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    refuse_another(tmp_path)
+    with driver(tmp_path) as process:
+        sentence = (
+            rf"{tmp_path} is written by process {process.pid} on {socket.gethostname()}, which gave a sign of life \d s ago; stop it, or choose another run="
+        )
+        with pytest.raises(InUse, match=sentence):
+            refuse_another(tmp_path)
+        process.send_signal(signal.SIGSTOP)
+        os.utime(tmp_path / "status.json", (0, 0))  # silent, but it may wake up
+        with pytest.raises(InUse, match="h ago"):
+            refuse_another(tmp_path)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # nobody has asked for its code yet
+        os.utime(tmp_path / "status.json")
+        refuse_another(tmp_path)
+    assert not caplog.messages
+
+
+def test_a_process_with_the_number_of_a_dead_driver_is_another_one(tmp_path: Path) -> None:
+    with driver(tmp_path):
+        path = tmp_path / "status.json"
+        state = json.loads(path.read_text())
+        path.write_text(json.dumps(state | {"born": state["born"] - 1}))
+        refuse_another(tmp_path)
+
+
+def test_a_driver_that_ended_and_this_process_itself_are_no_reason(tmp_path: Path) -> None:
+    with driver(tmp_path) as process:
+        process.communicate("")
+    refuse_another(tmp_path)
+    with Status(tmp_path, "ppo", 0, 9):
+        refuse_another(tmp_path)
+
+
+def test_a_process_of_another_machine_is_refused_when_it_gives_another_sign_of_life(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with driver(tmp_path, "elsewhere") as process:
+        with pytest.raises(InUse, match=f"is written by process {process.pid} on"):
+            refuse_another(tmp_path)
+    assert len(caplog.messages) == 1
+    assert "gave a sign of life 0 s ago; waiting up to 30 s for another, without which it counts as gone" in caplog.messages[0]
+
+
+def test_a_process_of_another_machine_that_ends_meanwhile_is_no_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with driver(tmp_path, "elsewhere") as process:
+        monkeypatch.setattr("time.sleep", lambda seconds: process.communicate(""))
+        refuse_another(tmp_path)
+
+
+@pytest.mark.parametrize("content", ['{"stage": "ppo", "step": 1, "steps": 2, "began": 0.0}', '{"stage": "ppo", "st', "\0\0", '{"of": "a later version"}'])
+@pytest.mark.parametrize(("age", "said"), [(SILENT_SECONDS - 0.2, 1), (SILENT_SECONDS + 1, 0)])
+def test_whoever_cannot_be_asked_is_waited_for_until_it_counts_as_gone(
+    tmp_path: Path, content: str, age: float, said: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "status.json").write_text(content)
+    os.utime(tmp_path / "status.json", (time.time() - age,) * 2)
+    refuse_another(tmp_path)
+    assert len(caplog.messages) == said

@@ -205,3 +205,27 @@ def test_a_full_disk_ends_the_job_with_a_sentence_and_no_other_driver_is_started
     code, out, err = finish(body)
     assert code == 2 and drivers(out) == [["0", "never"]]
     assert len(err) == 1 and f"No space left on device while writing {small_disk}/ppo" in err[0]
+
+
+WRITES_A_STAGE = """from pathlib import Path; from minigpt_ray.status import Status, refuse_another
+    refuse_another(Path({directory!r}))
+    with Status(Path({directory!r}), "ppo", 0, 9):
+        print("writes", flush=True)
+        {then}"""
+
+
+def test_the_driver_after_one_that_died_waits_for_nobody(tmp_path: Path) -> None:
+    code, out, err = finish(WRITES_A_STAGE.format(directory=str(tmp_path), then="if driver_restarts() == 0: os.kill(os.getpid(), signal.SIGKILL)"))
+    assert code == 0 and out.count("writes") == 2
+    assert len(err) == 1 and "was killed by SIGKILL" in err[0]
+
+
+def test_a_job_that_another_one_writes_ends_with_a_sentence_and_goes_on_once_that_is_dead(tmp_path: Path) -> None:
+    body = WRITES_A_STAGE.format(directory=str(tmp_path), then="time.sleep(600 if driver_restarts() == 0 else 0)")
+    with job(body) as first:
+        assert first.stdout and [first.stdout.readline().split()[0] for _ in range(2)] == ["driver", "writes"]
+        code, out, err = finish(body)
+        assert code == 2 and "writes" not in out
+        assert len(err) == 1 and "stop it, or choose another run=" in err[0]
+    code, out, err = finish(WRITES_A_STAGE.format(directory=str(tmp_path), then="pass"))
+    assert code == 0 and out.count("writes") == 1 and not err

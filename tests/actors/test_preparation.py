@@ -14,6 +14,8 @@ from minigpt_ray.checkpoint import Checkpoints
 from minigpt_ray.cli import read_config, resolved, write_resolved
 from minigpt_ray.config import PPOConfig
 from minigpt_ray.data.rows import DataError
+from minigpt_ray.status import InUse
+from tests.test_status import driver
 
 QUESTIONS = [{"prompt": f"what is {n}?", "answer": str(n)} for n in range(6)]
 
@@ -159,6 +161,18 @@ def test_a_resumed_run_that_would_be_another_is_refused_with_every_field(config:
     assert start.is_dir()
     with pytest.raises(ValueError, match=r"changed \(placement\.critic\.ranks: 1 -> 2\)"):  # a checkpoint has a file for every rank
         Preparation(config("checkpoint.resume=auto", "placement.critic.ranks=2"))
+
+
+def test_two_drivers_do_not_write_one_run(config: Callable[..., PPOConfig], run: Path) -> None:
+    ready = Preparation(config("checkpoint.resume=auto"))
+    (run / "ppo").mkdir()
+    with driver(run / "ppo") as other:  # it begins after we have looked
+        for prepare in (ready.tracker, lambda: Preparation(config("checkpoint.resume=auto"))):
+            with pytest.raises(InUse, match=f"{run}/ppo is written by process {other.pid}"):
+                prepare()
+    assert [path.name for path in (run / "ppo").iterdir()] == ["status.json"]
+    with Preparation(config("checkpoint.resume=auto")).tracker():
+        assert (run / "ppo" / "metrics.jsonl").exists()
 
 
 def test_fields_that_came_or_went_are_differences(config: Callable[..., PPOConfig]) -> None:

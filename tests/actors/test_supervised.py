@@ -28,10 +28,12 @@ from minigpt_ray.config import DPOConfig, LoggingConfig, MidtrainConfig, Pretrai
 from minigpt_ray.inputs import fingerprint_of_model
 from minigpt_ray.models import TokenLogprobs, build_causal, export, load_causal, load_scalar
 from minigpt_ray.stages import REFERENCE, STAGES, Batch
+from minigpt_ray.status import InUse
 from minigpt_ray.tokenizer import load_tokenizer, train_tokenizer
 from minigpt_ray.tracking import Tracker
 from tests.actors.ranks import run_ranks
 from tests.test_metrics_doc import documented
+from tests.test_status import driver
 
 ROOTS = {root.stage: root for root in (PretrainConfig, MidtrainConfig, SFTConfig, DPOConfig, RewardModelConfig)}
 
@@ -173,6 +175,14 @@ def learning(rows):
         {name: value for name, value in row.items() if not name.startswith(("time/", "system/")) and "_per_second" not in name and name not in timed}
         for row in rows
     ]
+
+
+def test_a_stage_that_another_driver_writes_is_refused(run):
+    (run / "r" / "sft").mkdir()
+    resumed = config(run, checkpoint={"resume": "auto"})
+    with driver(run / "r" / "sft") as other, pytest.raises(InUse, match=f"r/sft is written by process {other.pid}"):
+        prepare(resumed)
+    assert prepare(resumed).start == 0
 
 
 @pytest.mark.slow
