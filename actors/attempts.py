@@ -24,6 +24,10 @@ WINDOW = 100
 """Rollouts, the newest, of which a share is taken, or all that are scored in one go if they are more: chunks may be small."""
 
 
+class RewardError(ValueError):
+    """A reward source cannot be used, or leaves too many rollouts without a score: one sentence with the source, the reason and the remedy."""
+
+
 class Fault(Exception):
     """A call that gave no scores.
 

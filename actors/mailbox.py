@@ -58,15 +58,20 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
-        self._asked_to_end = False
+        self._asked_to_end = self._has_fault = False
 
     async def put(self, message: Any) -> bool:
         """Whether the driver has asked to end."""
+        self._has_fault |= isinstance(message, Stopped) and message.fault != ""
         await self._queue.put(message)
         return self._asked_to_end
 
     async def ask_to_end(self) -> None:
         self._asked_to_end = True
+
+    async def has_fault(self) -> bool:
+        """Whether a worker has said what ends the run."""
+        return self._has_fault
 
     async def take(self, done: int) -> list[Any]:
         """The next messages, at least one; `done` is how many of those given out before have been dealt with."""
@@ -110,6 +115,8 @@ class Sender:
 
 def work(given: dict[str, Any]) -> None:
     """What every Ray Train worker runs. What it is given is pickled, since Ray Train's controller reads it on the way."""
+    if ray.get(given["mailbox"].has_fault.remote()):  # it is in the place of one that could not go on, and new ones would not either
+        return
     with without_collection():
         from actors.supervised_rank import train
 

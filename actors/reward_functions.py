@@ -22,7 +22,7 @@ class RewardFunctions:
     """Verifiers, Python functions and servers, called from a process of their own."""
 
     def __init__(self, rank: Rank, sources: Mapping[str, Called], tokens: Mapping[str, str | None]) -> None:
-        """`tokens` has an entry for every server. Raises ValueError when a function does not exist."""
+        """`tokens` has an entry for every server. Raises RewardError when a function does not exist."""
         self.sources = {name: self._source(name, source, tokens) for name, source in sources.items()}
         self.threads = ThreadPoolExecutor(len(sources) or 1)  # for good: a function's process dies with the thread that started it
         functions = [source.call for source in self.sources.values() if isinstance(source.call, FunctionProcess)]

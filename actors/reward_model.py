@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from actors.attempts import RewardError
 from actors.forward import in_micro_batches
 from actors.group import Group, Pending, Rank
 from actors.placement import Cluster
@@ -18,11 +19,11 @@ from minigpt_ray.tokenizer import load_tokenizer
 
 
 class RewardModelRank:
-    """One replica of a reward model; it reads the policy's token ids, so both must have one vocabulary."""
+    """One replica of a reward model; it reads the policy's token ids, so both must have one vocabulary: raises RewardError."""
 
     def __init__(self, rank: Rank, name: str, path: str, policy_path: str, config: ModelReward) -> None:
         if load_tokenizer(path).get_vocab() != load_tokenizer(policy_path).get_vocab():
-            raise ValueError(f"{name}: the reward model {path} has another vocabulary than the policy {policy_path}; train one with the policy's tokenizer")
+            raise RewardError(f"{name}: the reward model {path} has another vocabulary than the policy {policy_path}; train one with the policy's tokenizer")
         self.rank, self.config = rank, config
         self.device = torch.device(rank.device)
         self.mean, self.std = load_calibration(name, path) if config.normalize else (0.0, 1.0)

@@ -19,7 +19,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, cast
 
-from actors.attempts import Fault, first_line
+from actors.attempts import Fault, RewardError, first_line
 from actors.lineage import die_with_parent
 from minigpt_ray.config import START_AGAIN_S
 from minigpt_ray.rl.rollout import Rollout
@@ -51,11 +51,11 @@ class FunctionProcess:
         self._start()
 
     def ready(self) -> None:
-        """Raises ValueError when the function does not exist or its module cannot be imported."""
+        """Raises RewardError when the function does not exist or its module cannot be imported."""
         try:
             self._listen(START_S)
         except Fault as fault:
-            raise ValueError(fault.reason) from None
+            raise RewardError(fault.reason) from None
         self._is_ready = True
 
     def __call__(self, rollouts: list[Rollout]) -> list[float]:

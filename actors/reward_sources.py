@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 
-from actors.attempts import Fault
+from actors.attempts import Fault, RewardError
 from actors.reward_http import RewardServer
 from actors.reward_process import load_function
 from minigpt_ray.config import AnyReward, FunctionReward, HttpReward, ModelReward
@@ -44,10 +44,10 @@ def token_of(name: str, source: HttpReward) -> str | None:
 
 
 def load_calibration(name: str, path: str) -> tuple[float, float]:
-    """Mean and standard deviation of a reward model's scores of held-out answers. Raises ValueError where its directory does not say."""
+    """Mean and standard deviation of a reward model's scores of held-out answers. Raises RewardError where its directory does not say."""
     file = Path(path) / VALIDATION
     measured = json.loads(file.read_text()) if file.is_file() else {}
     found = [measured.get(f"validation/{moment}", 0.0) for moment in ("reward_mean", "reward_std")]
     if not found[1] > 0:
-        raise ValueError(f"{name}: normalize=true, but {file} holds no spread of held-out rewards; train with jobs.reward_model, or set normalize=false")
+        raise RewardError(f"{name}: normalize=true, but {file} holds no spread of held-out rewards; train with jobs.reward_model, or set normalize=false")
     return found[0], found[1]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from actors.attempts import COUNTERS, Scored
+from actors.attempts import COUNTERS, RewardError, Scored
 from actors.group import Group, Pending
 from actors.placement import Cluster
 from actors.reward_functions import EVALUATION, RewardFunctions
@@ -16,10 +16,6 @@ from minigpt_ray.config import AnyReward, HttpReward, ModelReward, longest_score
 from minigpt_ray.rl.experience import RewardScores, RolloutBatch
 from minigpt_ray.rl.rewards import combine
 from minigpt_ray.rl.rollout import Rollout
-
-
-class RewardError(ValueError):
-    """Too many rollouts stayed without a score: one sentence with source, share, last failure and remedy."""
 
 
 class Rewards:

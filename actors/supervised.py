@@ -29,7 +29,7 @@ from actors.dataset import Sources, left_out, prepare_windows
 from actors.mailbox import Begun, Logged, Mailbox, Saving, Started, Stopped, work
 from actors.parent import driver_restarts
 from actors.placement import connect, environment
-from actors.preflight import preflight
+from actors.preflight import PlacementError, preflight
 from actors.prometheus import sinks
 from actors.stage_inputs import Ready, StageError
 from actors.supervised_rank import num_steps
@@ -37,11 +37,16 @@ from actors.watchdog import START_SECONDS, Whereabouts, collective_timeout, end_
 from minigpt_ray.cli import resolved, write_resolved
 from minigpt_ray.config import ExamplesConfig, RolePlacement
 from minigpt_ray.data.prepared import provenance
+from minigpt_ray.data.records import DataError
+from minigpt_ray.model_directory import ExportError
 from minigpt_ray.object_store import deliver
 from minigpt_ray.stages import STAGES, Stage
 from minigpt_ray.status import refuse_another
-from minigpt_ray.tokenizer import load_tokenizer
+from minigpt_ray.tokenizer import TokenizerError, load_tokenizer
 from minigpt_ray.tracking import Tracker, writing
+
+SENTENCES = (DataError, ExportError, PlacementError, StageError, TokenizerError)
+"""What `fit` refuses, or ends a run with, and says in a sentence why."""
 
 RESTARTS = 2
 """How often dead workers are replaced, all of them together, before the run stops; they go on from the newest checkpoint."""
@@ -55,7 +60,7 @@ SAMPLE = 4096
 
 
 def fit(ready: Ready) -> Path:
-    """Train as configured; returns the directory of the model. Raises DataError for bad rows, StageError when a loss is not finite."""
+    """Train as configured; returns the directory of the model. Raises SENTENCES, StageError among them when a loss is not finite or a disk is full."""
     config, stage = ready.config, STAGES[ready.config.stage]
     cpus = config.num_workers * config.cpus_per_worker
     own = connect(None, cpus)

@@ -25,12 +25,12 @@ from actors.reference_logprobs import with_reference
 from actors.stacks import keep_stacks_at_hand
 from actors.stage_inputs import Ready
 from actors.watchdog import Whereabouts, outlast
-from minigpt_ray.checkpoint import batch_path, naming, save_batch, write_json_atomic
+from minigpt_ray.checkpoint import CheckpointError, batch_path, naming, save_batch, write_json_atomic
 from minigpt_ray.cli import write_resolved
 from minigpt_ray.config import SupervisedConfig
 from minigpt_ray.data.mixing import Reading
 from minigpt_ray.flops import attention_flops, cpu_peak_flops, gpu_peak_flops, head_flops, linear_flops
-from minigpt_ray.model_directory import VALIDATION
+from minigpt_ray.model_directory import VALIDATION, ExportError
 from minigpt_ray.models import TokenLogprobs, TokenValues, build_causal, export, load_causal, load_scalar
 from minigpt_ray.patience import Patience
 from minigpt_ray.stages import STAGES, Batch
@@ -83,11 +83,14 @@ def train(ready: Ready, stored: Mapping[str, Path], mailbox: Any) -> None:
                 if sender:
                     sender.stop(Stopped("", asked=True))
                 return
+        worker.export()
     except FloatingPointError as error:  # new workers would only meet it again
         if sender:
             sender.stop(Stopped(str(error)))
         return
-    worker.export()
+    except (CheckpointError, ExportError) as error:  # perhaps of this rank alone: the others wait for it, and its end is theirs
+        ray.get(mailbox.put.remote(Stopped(str(error))))
+        raise
     if sender:
         sender.settle()
         if worker.stops_early:

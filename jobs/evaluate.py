@@ -26,10 +26,11 @@ def run(config: EvaluateConfig) -> None:
 
     from rich.console import Console
 
+    from actors.attempts import RewardError
     from actors.evaluation import at_temperature_one, judge
     from actors.generator import Generator
     from actors.placement import Cluster, PlacementError, roles_of_evaluation
-    from actors.rewards import RewardError, Rewards
+    from actors.rewards import Rewards
     from minigpt_ray.checkpoint import write_json_atomic
     from minigpt_ray.cli import write_resolved
     from minigpt_ray.evaluation import Judged, figures, pass_figures, results_table, win_rate

@@ -37,10 +37,11 @@ def run(config: GeneratePreferencesConfig) -> None:
         prompts = encode_prompts(config.data, rows, tokenizer).prompts[: config.num_prompts]
         right = load_right_answers(config.data, default, prompts, tokenizer) if config.right_answer else {}
 
+    from actors.attempts import RewardError
     from actors.evaluation import judged_answers
     from actors.generator import Generator
     from actors.placement import Cluster, roles_of_evaluation
-    from actors.rewards import RewardError, Rewards
+    from actors.rewards import Rewards
 
     with one_sentence():
         cluster = Cluster(config.placement, roles_of_evaluation(config.placement, config.rewards))

@@ -29,19 +29,18 @@ def train(config: PPOConfig) -> None:
     from actors.critic import start_critic
     from actors.evaluation import log_evaluation, sample_row
     from actors.generator import Generator
-    from actors.group import OutOfRestarts, Pending, gather
+    from actors.group import Pending, gather
     from actors.policy import Policy
     from actors.reference import Reference
-    from actors.rewards import RewardError, Rewards
-    from actors.training import Training
-    from minigpt_ray.checkpoint import CheckpointError
+    from actors.rewards import Rewards
+    from actors.training import SENTENCES, Training
     from minigpt_ray.object_store import deliver
     from minigpt_ray.rl.experience import Rollout, RolloutBatch, Scores, TrainingState
     from minigpt_ray.rl.metrics import rollout_metrics, score_metrics
     from minigpt_ray.rl.step import make_experience
     from minigpt_ray.tracking import Timer
 
-    with cluster, ready.tracker() as tracker:
+    with one_sentence(SENTENCES), cluster, ready.tracker() as tracker:
         tensor_parallel, tolerance = config.placement.generator.tensor_parallel, config.weights.probe_tolerance
         generator = Generator(cluster, ready.policy_path, config.generator, ready.max_model_len, tensor_parallel, config.seed, tolerance)
         policy, critic, reference = Policy(cluster, config), start_critic(cluster, config), Reference(cluster, config)
@@ -76,8 +75,7 @@ def train(config: PPOConfig) -> None:
         training = Training(ready, tracker, generator, policy, critic, [reference, *rewards.groups])
         if training.state.step == 0:
             log_evaluation(tracker, 0, generator, rewards, ready.held_out, config.evaluation)
-        with one_sentence((RewardError, OutOfRestarts, CheckpointError)):
-            training.run(step)
+        training.run(step)
         policy.export(ready.directory / "model")
         deliver(ready.directory / "model", config.export_to, config.run, "ppo", tracker.message)
 

@@ -18,8 +18,10 @@ def train(config: PretrainConfig) -> None:
 
     with one_sentence():
         ready = prepare(config)
-        from actors.supervised import fit  # imports torch, for which what is refused above does not wait
 
+    from actors.supervised import SENTENCES, fit  # imports torch, for which what is refused above does not wait
+
+    with one_sentence(SENTENCES):
         fit(ready)
 
 

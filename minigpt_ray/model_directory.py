@@ -10,6 +10,10 @@ VALIDATION = "validation.json"
 """In a model directory: what the stage that made it measured on held-out data at its end, by the names of docs/metrics.md."""
 
 
+class ExportError(OSError):
+    """A finished model could not be written or copied: one sentence with the reason, the place and the remedy."""
+
+
 def resolve_model(init_from: str, run_dir: Path) -> str:
     """A stage of the run, a local directory or a hub id -> what `from_pretrained` takes.
 

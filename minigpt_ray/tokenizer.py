@@ -84,13 +84,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, phrases: Sequence[str
     return tokenizer
 
 
+class TokenizerError(ValueError):
+    """A tokenizer cannot be used: one sentence with its place and the remedy."""
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """A tokenizer from a directory (Path) or, as text, also from the hub. Raises ValueError when it has no end token."""
+    """A tokenizer from a directory (Path) or, as text, also from the hub. Raises TokenizerError when it is not there or has no end token."""
     if isinstance(path, Path) and not path.is_dir():
-        raise ValueError(f"no tokenizer at {path}; python -m jobs.prepare_data trains one")
+        raise TokenizerError(f"no tokenizer at {path}; python -m jobs.prepare_data trains one")
     tokenizer = _loader(Path(path)).from_pretrained(str(path), trust_remote_code=False)
     if tokenizer.eos_token is None:
-        raise ValueError(f"the tokenizer {path} has no eos_token, so a response could never end; set eos_token in its tokenizer_config.json")
+        raise TokenizerError(f"the tokenizer {path} has no eos_token, so a response could never end; set eos_token in its tokenizer_config.json")
     return tokenizer
 
 

@@ -34,6 +34,7 @@ from safetensors import SafetensorError
 
 from minigpt_ray.checkpoint import CheckpointError, batch_path, save_batch
 from minigpt_ray.config import LoggingConfig
+from minigpt_ray.data.records import DataError
 from minigpt_ray.status import Status
 from minigpt_ray.timeline import Mark, Span, Timeline
 
@@ -179,7 +180,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         try:
             yield json.loads(line)
         except ValueError:
-            raise ValueError(f"{path}, line {number}: not a JSON row, and not the last line, so no interrupted write; repair or remove the file") from None
+            raise DataError(f"{path}, line {number}: not a JSON row, and not the last line, so no interrupted write; repair or remove the file") from None
 
 
 def _cut_back(path: Path, step: int) -> None:

@@ -11,6 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from minigpt_ray.model_directory import ExportError
 from minigpt_ray.object_store import check_store, deliver
 
 
@@ -126,6 +127,13 @@ def test_a_model_is_copied_to_a_directory_by_url(model: Path, tmp_path: Path) ->
 def test_what_cannot_be_written_to_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"export_to={url}: nothing can be written there (")):
         check_store(url)
+
+
+def test_a_store_that_takes_nothing_any_more_is_said_with_the_remedy(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "store").touch()
+    sentence = f"file://{tmp_path}/store/gsm/sft: the model could not be copied there ("
+    with pytest.raises(ExportError, match=re.escape(sentence) + r".*\); mend the store, and checkpoint\.resume=auto copies it again"):
+        deliver(model, f"file://{tmp_path}/store", "gsm", "sft", lambda line: None)
 
 
 def test_without_a_url_nothing_is_tried(model: Path) -> None:

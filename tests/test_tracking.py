@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from minigpt_ray.checkpoint import CheckpointError
 from minigpt_ray.config import LoggingConfig
 from minigpt_ray.timeline import Span
+from minigpt_ray.data.records import DataError
 from minigpt_ray.tracking import Rates, Timer, Tracker, console_line, read_metrics, read_samples
 from tests.disks import fill
 
@@ -143,7 +144,7 @@ def test_a_fresh_run_begins_anew_and_keeps_the_earlier_rows_beside(tmp_path):
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not a JSON row"):
+    with pytest.raises(DataError, match=r"metrics\.jsonl, line 2: not a JSON row"):
         read_metrics(tmp_path / "metrics.jsonl")
 
 

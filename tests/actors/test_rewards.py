@@ -201,7 +201,7 @@ def test_two_replicas_score_their_shares(nano: Path, reward_model: Path) -> None
 
 def test_a_reward_model_with_another_vocabulary_is_refused(nano: Path, reward_model: Path, tmp_path: Path) -> None:
     export(load_scalar(str(nano), "float32", seed=5), train_tokenizer(["hello hello"] * 9, 262), tmp_path)
-    with pytest.raises(ValueError, match=r"rewards\.model: the reward model .* has another vocabulary than the policy"):
+    with pytest.raises(RewardError, match=r"rewards\.model: the reward model .* has another vocabulary than the policy"):
         RewardModelRank(RANK, "rewards.model", str(tmp_path), str(nano), ModelReward(init_from="x"))
 
 

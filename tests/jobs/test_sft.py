@@ -76,3 +76,16 @@ def test_the_debug_run_learns_and_leaves_a_model(output_dir):
     demonstrations.write_text(demonstrations.read_text().replace("spell", "write"))
     again = sft(*command, "checkpoint.resume=auto")
     assert again.returncode == 2 and f"what it began from has changed since (data file 1: {demonstrations})" in again.stderr.splitlines()[-1]
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_a_sentence(output_dir):
+    """Whatever a full disk does, a file in place of the directory does too."""
+    stage = output_dir / "full" / "sft"
+    stage.mkdir(parents=True)
+    (output_dir / "full" / "prepare_data").symlink_to(output_dir / "r" / "prepare_data")
+    (stage / "checkpoint").touch()
+    done = sft("run=full", f"output_dir={output_dir}", "num_workers=2", "steps=2", "checkpoint={every: 1, resume: auto}")
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "while writing the checkpoint" in last and "make room, and go on with checkpoint.resume=auto" in last
+    assert done.stderr.count("Error in training function") == 1
