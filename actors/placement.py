@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -290,6 +292,7 @@ def connect(address: str | None, cpus: int) -> bool:
         return False
     if address is not None or "RAY_ADDRESS" in os.environ:
         ray.init(address=address or "auto", logging_level=logging.ERROR, log_to_driver=True)
+        _answer_sigterm()
         return False
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # a local one that is gone never comes back
     os.environ.setdefault("RAY_task_events_report_interval_ms", "0")  # what every process did, each second, for a dashboard that is not there
@@ -305,7 +308,18 @@ def connect(address: str | None, cpus: int) -> bool:
             logger.warning("Ray did not start in time on this machine, which is busy; once more")
             ray.shutdown()
             start()
+    _answer_sigterm()
     return True
+
+
+def _answer_sigterm() -> None:
+    """From now on SIGTERM ends this process as it did before Ray came, whose handlers print a stack and give another code; and in good order."""
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # `ray job stop` sends one to the driver, and its parent passes one on
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 @contextmanager

@@ -1,7 +1,11 @@
 """Roles have processes of their own or share them; processes are started where they were reserved, which is given back."""
 
 import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import ray
@@ -119,3 +123,11 @@ def test_processes_run_in_their_reservation_which_is_given_back(ray_cluster: Non
     wait_until_free(before)
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(hosts[0].address.remote())
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_sigterm_once_ray_is_there_is_that_of_any_process_and_nothing_is_printed() -> None:
+    program = "import os, signal, time; from actors.placement import connect; connect(None, cpus=1); os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGTERM, "", "")
