@@ -4,8 +4,8 @@
     python -m jobs.pipeline configs/demo/pipeline.yaml only=[ppo,evaluate]
 
 Every stage's configuration is read before the first one starts. What was completed with the same configuration is skipped, unless
-a stage before it ran now; what was interrupted goes on by its own checkpoint.resume. The first stage that fails ends the
-pipeline with its code. Keeps <run_dir>/pipeline.json.
+a stage before it ran now; what was interrupted goes on, since a stage whose files and overrides say nothing of checkpoint.resume
+gets checkpoint.resume=auto. The first stage that fails ends the pipeline with its code. Keeps <run_dir>/pipeline.json.
 """
 
 import hashlib
@@ -19,8 +19,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from minigpt_ray.cli import ConfigError, is_mix, load_config, one_sentence, read_config, to_yaml
-from minigpt_ray.config import JobConfig, MixConfig, PipelineConfig
+from actors.lineage import die_with_parent
+from minigpt_ray.cli import ConfigError, given, is_mix, load_config, one_sentence, read_config, to_yaml
+from minigpt_ray.config import JobConfig, MixConfig, PipelineConfig, PPOConfig, SupervisedConfig
 from minigpt_ray.config.pipeline import STAGE_CONFIGS
 
 RECORD = "pipeline.json"
@@ -34,6 +35,8 @@ class Planned:
     arguments: tuple[str, ...]
     digest: str
     """Of its resolved configuration."""
+    goes_on: bool
+    """Whether, started again, it goes on from where it stopped."""
 
     @property
     def command(self) -> list[str]:
@@ -63,7 +66,8 @@ def run(config: PipelineConfig) -> None:
         if code:
             left = [later.name for later in stages[number:]]
             then = f"; not begun: {', '.join(left)}" if left else ""
-            print(f"{stage.name} ended with code {code}{then}; the same command goes on from here", file=sys.stderr)
+            first = "" if stage.goes_on else f"with checkpoint.resume=auto in stages.{stage.name} "
+            print(f"{stage.name} ended with code {code}{then}; {first}the same command goes on from here", file=sys.stderr)
             raise SystemExit(code)
         fates[stage.name] = "ran"
         record[stage.name] = {"digest": stage.digest, "seconds": round(time.monotonic() - start, 1)}
@@ -78,27 +82,33 @@ def plan(config: PipelineConfig) -> list[Planned]:
     for name, stage in config.stages.items():
         if config.only and name not in config.only:
             continue
-        arguments = (*map(str, stage.files), *stage.overrides, *shared)
+        arguments = [*map(str, stage.files), *stage.overrides, *shared]
         try:
-            root: type[JobConfig] = MixConfig if name == "prepare_data" and is_mix(list(arguments)) else STAGE_CONFIGS[name]
-            resolved = to_yaml(read_config(root, list(arguments)))
+            root: type[JobConfig] = MixConfig if name == "prepare_data" and is_mix(arguments) else STAGE_CONFIGS[name]
+            if issubclass(root, PPOConfig | SupervisedConfig) and ("checkpoint", "resume") not in given(arguments):
+                arguments.append("checkpoint.resume=auto")
+            resolved = read_config(root, arguments)
         except ConfigError as error:
             raise ConfigError("\n".join(f"stages.{name}: {line}" for line in str(error).splitlines())) from None
-        stages.append(Planned(name, arguments, hashlib.sha256(resolved.encode()).hexdigest()))
+        goes_on = not isinstance(resolved, PPOConfig | SupervisedConfig) or resolved.checkpoint.resume == "auto"
+        stages.append(Planned(name, tuple(arguments), hashlib.sha256(to_yaml(resolved).encode()).hexdigest(), goes_on))
     return stages
 
 
 def call(command: list[str]) -> int:
-    """Run a stage to its end and return its code, 128 + n when signal n ended it; SIGTERM is passed on."""
-    process = subprocess.Popen(command)
-    with passing_on(process):
+    """Run a stage, which dies with this process, to its end and return its code, 128 + n when signal n ended it; SIGTERM is passed on, and ends this one too."""
+    process = subprocess.Popen(command, preexec_fn=die_with_parent)
+    with passing_on(process) as asked:
         code = process.wait()
-    return code if code >= 0 else 128 - code
+    code = code if code >= 0 else 128 - code
+    if asked:
+        raise SystemExit(code)
+    return code
 
 
 @contextmanager
-def passing_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """SIGTERM goes to the stage, which saves and ends; so does Ctrl-C, which a terminal sends to both. Then the pipeline ends too."""
+def passing_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """SIGTERM goes to the stage, which saves and ends; so does Ctrl-C, which a terminal sends to both. Gives the list of the SIGTERMs that came."""
     asked: list[int] = []
 
     def terminate(number: int, frame: object) -> None:
@@ -107,12 +117,10 @@ def passing_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
     handlers = {signal.SIGTERM: signal.signal(signal.SIGTERM, terminate), signal.SIGINT: signal.signal(signal.SIGINT, lambda number, frame: None)}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if asked:
-        raise SystemExit(process.returncode)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from jobs.pipeline import call, plan
 from minigpt_ray.cli import ConfigError, read_config
-from minigpt_ray.config import PipelineConfig
+from minigpt_ray.config import PipelineConfig, SFTConfig
 from minigpt_ray.course import outcome
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +64,21 @@ def test_a_stage_gets_the_pipelines_run_directory_and_seed() -> None:
     assert stage.digest != other.digest
 
 
+@pytest.mark.parametrize(
+    ("said", "resume", "goes_on"), [("steps=9", "auto", True), ("checkpoint.resume=never", "never", False), ("checkpoint={every: 3}", "auto", True)]
+)
+def test_a_stage_goes_on_where_it_stopped_unless_it_says_otherwise(said: str, resume: str, goes_on: bool) -> None:
+    (stage,) = plan(config("only=[sft]", f"stages.sft={{overrides: ['{said}']}}"))
+    assert read_config(SFTConfig, list(stage.arguments)).checkpoint.resume == resume
+    assert stage.goes_on == goes_on
+
+
+def test_a_stage_that_may_not_go_on_is_said_to_need_it(tmp_path: Path) -> None:
+    done = pipeline(tmp_path, "only=[sft]", "stages.sft={overrides: [checkpoint.resume=never]}")
+    assert done.returncode == 2
+    assert done.stderr.endswith("sft ended with code 2; with checkpoint.resume=auto in stages.sft the same command goes on from here\n")
+
+
 def test_the_data_may_be_a_mix_of_sources() -> None:
     mix = "stages.prepare_data={files: [%s]}" % (ROOT / "configs/data/posttrain/sft/maths.yaml")
     (stage,) = plan(config("only=[prepare_data]", mix))
@@ -82,9 +98,10 @@ def test_what_is_no_stage_is_refused(override: str, sentence: str) -> None:
         config(override)
 
 
-def test_sigterm_reaches_the_stage_and_ends_the_pipeline_with_its_code(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("answer", "code"), [("lambda *_: sys.exit(7)", 7), ("signal.SIG_DFL", 143)])
+def test_sigterm_reaches_the_stage_and_ends_the_pipeline_with_its_code(tmp_path: Path, answer: str, code: int) -> None:
     begun = tmp_path / "begun"
-    program = "import signal, sys, time, pathlib\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\npathlib.Path(sys.argv[1]).touch()\ntime.sleep(60)"
+    program = f"import signal, sys, time, pathlib\nsignal.signal(signal.SIGTERM, {answer})\npathlib.Path(sys.argv[1]).touch()\ntime.sleep(60)"
 
     def send() -> None:
         while not begun.exists():
@@ -95,12 +112,22 @@ def test_sigterm_reaches_the_stage_and_ends_the_pipeline_with_its_code(tmp_path:
     threading.Thread(target=send).start()
     with pytest.raises(SystemExit) as ended:
         call([sys.executable, "-c", program, str(begun)])
-    assert ended.value.code == 7
+    assert ended.value.code == code
     assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_stage_that_a_signal_ends_has_the_code_that_a_shell_gives() -> None:
     assert call([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]) == 137
+
+
+def test_a_stage_dies_with_the_pipeline() -> None:
+    program = "import sys; from jobs.pipeline import call; call([sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'])"
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        stage = psutil.Process(int(process.stdout.readline()))
+        process.kill()
+    _, alive = psutil.wait_procs([stage], timeout=10)
+    assert not alive or stage.status() == psutil.STATUS_ZOMBIE
 
 
 def test_the_outcome_of_a_stage_is_its_last_held_out_numbers(tmp_path: Path) -> None:
