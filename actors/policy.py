@@ -14,7 +14,7 @@ from actors.placement import Cluster
 from actors.weights import TRANSPORTS, Probe, Publication, probe_tokens
 from minigpt_ray.config import AlgorithmConfig, PolicyConfig, PPOConfig
 from minigpt_ray.losses import policy_loss
-from minigpt_ray.model_directory import resolve_model
+from minigpt_ray.model_directory import resolve_model, written_whole
 from minigpt_ray.models import TokenLogprobs, as_saved, export, load_causal
 from minigpt_ray.rl.experience import Experience, RolloutBatch
 from minigpt_ray.tokenizer import load_tokenizer
@@ -101,10 +101,11 @@ class PolicyRank:
         self.engine.load(directory / "policy")
 
     def export(self, directory: Path) -> None:
-        """Write a Hugging Face directory (rank 0)."""
-        weights = {name: tensor.cpu().clone() for name, tensor in self.engine.named_weights(self.model)}
+        """Write a Hugging Face directory, whole or not at all (rank 0); the others take part in gathering. Raises ExportError."""
+        weights = {name: tensor.cpu().clone() for name, tensor in self.engine.named_weights(self.model) if self.rank.index == 0}
         if self.rank.index == 0:
-            export(self.model, load_tokenizer(self.path), directory, weights)
+            with written_whole(directory) as partial:
+                export(self.model, load_tokenizer(self.path), partial, weights)
 
 
 class Policy(Group[PolicyRank]):

@@ -13,8 +13,9 @@ import pickle
 import shutil
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,9 @@ def fit(ready: Ready) -> Path:
             ready.inputs.keep(ready.directory)
     epochs = -(-steps * config.batch_size // len(windows))
     exported = sinks(config.logging, config.run, stage.name)
-    with Tracker(ready.directory, stage.name, resolved(config), config.logging, steps, ready.start, epochs=epochs, sinks=exported) as tracker:
+    mailbox: Any = ray.remote(Mailbox).options(num_cpus=0, runtime_env=environment(1)).remote()  # type: ignore[call-overload]
+    tracker = Tracker(ready.directory, stage.name, resolved(config), config.logging, steps, ready.start, epochs=epochs, sinks=exported)
+    with tracker, _asking_at_sigterm(mailbox):
         beginning = f"goes on after step {ready.start}" if ready.start else "starts"
         tracker.message(
             f"{stage.name} {beginning}: {len(windows):,} windows of {config.window} tokens, {config.batch_size} a step, {config.num_workers} workers"
@@ -97,14 +100,11 @@ def fit(ready: Ready) -> Path:
         tracker.message(f"data: {provenance(path for files in ready.sources.values() for path in files.paths)}")
         if baseline and not ready.start:
             tracker.log(0, baseline)
-        mailbox: Any = ray.remote(Mailbox).options(num_cpus=0, runtime_env=environment(1)).remote()  # type: ignore[call-overload]
         with ThreadPoolExecutor(1) as threads:
             delivery = threads.submit(_deliver, mailbox, tracker, config.hang_after_s)
-            handler = signal.signal(signal.SIGTERM, lambda number, frame: mailbox.ask_to_end.remote())
             try:
                 _trainer(ready, stored, mailbox).fit()
             finally:
-                signal.signal(signal.SIGTERM, handler)
                 mailbox.put.remote(Stopped(""))  # else a failure would leave the delivery waiting
                 stopped = delivery.result()  # whose own failure, as of a full disk, is the reason of the workers'
         if stopped.fault:
@@ -117,6 +117,16 @@ def fit(ready: Ready) -> Path:
             tracker.message(stopped.early)
         deliver(ready.directory / "model", config.export_to, config.run, stage.name, tracker.message)
     return ready.directory / "model"
+
+
+@contextmanager
+def _asking_at_sigterm(mailbox: Any) -> Iterator[None]:
+    """At SIGTERM the workers are asked to end; those that have taken their last step write the model, which is delivered as ever."""
+    handler = signal.signal(signal.SIGTERM, lambda number, frame: mailbox.ask_to_end.remote())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _baseline(stage: Stage, train: Sources, validation: Sources) -> dict[str, float]:

@@ -6,7 +6,6 @@ workers and replaces those that die, says the driver (actors/supervised.py).
 
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +29,7 @@ from minigpt_ray.cli import write_resolved
 from minigpt_ray.config import SupervisedConfig
 from minigpt_ray.data.mixing import Reading
 from minigpt_ray.flops import attention_flops, cpu_peak_flops, gpu_peak_flops, head_flops, linear_flops
-from minigpt_ray.model_directory import VALIDATION, ExportError
+from minigpt_ray.model_directory import VALIDATION, ExportError, written_whole
 from minigpt_ray.models import TokenLogprobs, TokenValues, build_causal, export, load_causal, load_scalar
 from minigpt_ray.patience import Patience
 from minigpt_ray.stages import STAGES, Batch
@@ -289,11 +288,8 @@ class SupervisedRank:
         """Write the Hugging Face directory, whole or not at all, the last validation beside the weights. Collective."""
         weights = {name: tensor.cpu().clone() for name, tensor in self.engine.named_weights(self.model) if self.rank == 0}
         if self.rank == 0:
-            final, partial = self.ready.directory / "model", self.ready.directory / ".model.partial"
-            for directory in (partial, final):
-                shutil.rmtree(directory, ignore_errors=True)
-            export(self.model, self.tokenizer, partial, weights)
-            if self.validated:
-                write_json_atomic(partial / VALIDATION, self.validated)
-            partial.rename(final)
+            with written_whole(self.ready.directory / "model") as directory:
+                export(self.model, self.tokenizer, directory, weights)
+                if self.validated:
+                    write_json_atomic(directory / VALIDATION, self.validated)
         dist.barrier()

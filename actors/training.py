@@ -48,7 +48,7 @@ class Training:
         self._device = policy.device_name()
         self.rates = Rates(self.config.steps, self._peak_flops(self.config.placement.generator.workers))
         self._rewinds_left = self.config.restart_limit
-        self._changing = self._asked_to_end = False
+        self._changing = self._is_ending = False
         self._restore(ready.start)
 
     def _restore(self, checkpoint: Path | None) -> None:
@@ -74,8 +74,9 @@ class Training:
         """Take the steps that are left.
 
         When a learner's process dies, both learners start again from the newest checkpoint, and the prompts and the
-        metrics go back with them; OutOfRestarts is raised once restart_limit is used up between two checkpoints. At SIGTERM the last whole step is
-        committed and the process ends with 0: at once, or, while the models stand between two steps, after the step.
+        metrics go back with them; OutOfRestarts is raised once restart_limit is used up between two checkpoints.
+        At SIGTERM the last whole step is committed and the process ends with 0: at once, or, while the models stand between two steps, after the step. After the
+        last one it changes nothing, since the job is about to end: its model is written and delivered.
         """
         with self._answering_sigterm():
             while self.state.step < self.config.steps:
@@ -85,11 +86,12 @@ class Training:
                     self._commit(step(self.state))
                 except RoleLost as lost:
                     self._recover(lost)
+            self._is_ending = True
 
     @contextmanager
     def _answering_sigterm(self) -> Iterator[None]:
         def terminate(number: int, frame: object) -> None:
-            again, self._asked_to_end = self._asked_to_end, True
+            again, self._is_ending = self._is_ending, True
             if not again and not self._changing:
                 raise Terminated
 
@@ -102,7 +104,7 @@ class Training:
             self.tracker.message(f"SIGTERM: {saved if self.state.step else 'no step was complete, so nothing is saved'}")
             raise SystemExit(0) from None
         finally:
-            if not self._asked_to_end:
+            if not self._is_ending:
                 signal.signal(signal.SIGTERM, handler)
 
     def begin_update(self) -> None:
@@ -146,7 +148,7 @@ class Training:
 
     def _end_change(self) -> None:
         self._changing = False
-        if self._asked_to_end:
+        if self._is_ending:
             raise Terminated
 
     def _save(self) -> None:

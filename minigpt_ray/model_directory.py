@@ -1,10 +1,13 @@
 """Where a model is: a stage of the run, a directory, a hub id. Imports no torch, so that a missing one is refused at once."""
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 VALIDATION = "validation.json"
 """In a model directory: what the stage that made it measured on held-out data at its end, by the names of docs/metrics.md."""
@@ -12,6 +15,21 @@ VALIDATION = "validation.json"
 
 class ExportError(OSError):
     """A finished model could not be written or copied: one sentence with the reason, the place and the remedy."""
+
+
+@contextmanager
+def written_whole(directory: Path) -> Iterator[Path]:
+    """An empty directory that takes the place of `directory`, and of what stood there, once all is written. Raises ExportError."""
+    partial = directory.with_name(f".{directory.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)
+    except (OSError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ExportError(f"{reason} while writing the model {directory}; make room, and go on with checkpoint.resume=auto") from error
 
 
 def resolve_model(init_from: str, run_dir: Path) -> str:

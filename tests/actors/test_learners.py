@@ -20,6 +20,7 @@ from actors.group import Rank, RankHost
 from actors.placement import Cluster
 from actors.policy import PolicyRank
 from minigpt_ray.config import AlgorithmConfig, CriticConfig, OptimizerConfig, PlacementConfig, PolicyConfig
+from minigpt_ray.model_directory import ExportError
 from minigpt_ray.models import TokenLogprobs, TokenValues, export, load_causal, load_scalar
 from minigpt_ray.rl.experience import Experience, RolloutBatch
 from minigpt_ray.tokenizer import load_tokenizer
@@ -398,6 +399,20 @@ def test_a_rank_that_cannot_write_names_the_directory(nano: Path, tmp_path: Path
             rank.save(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_an_export_that_finds_no_room_leaves_the_model_that_was_there(nano: Path, tmp_path: Path) -> None:
+    rank = policy_rank(nano)
+    rank.export(tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(ExportError, match=f"while writing the model {tmp_path}/model; make room, and go on with checkpoint.resume=auto"):
+            rank.export(tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
 
 
 def test_a_saved_policy_goes_on_as_if_it_had_not_stopped(nano: Path, tmp_path: Path) -> None:

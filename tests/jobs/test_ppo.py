@@ -88,7 +88,7 @@ LINE = re.compile(
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output directory with runs that have been through prepare_data and SFT, and a user's reward function."""
     directory = tmp_path_factory.mktemp("home")
-    random_start(directory, "whole", "killed", "elastic", "critic_free", "out_of_policy", "out_of_reference", "other_words")
+    random_start(directory, "whole", "killed", "elastic", "critic_free", "out_of_policy", "out_of_reference", "other_words", "asked_late")
     (directory / "a_users_rewards.py").write_text(LOWER_CASE + REWARD)
     return directory
 
@@ -307,6 +307,29 @@ def test_sigterm_commits_the_last_whole_step_and_ends_with_0(interrupted: Interr
     assert interrupted.first_code == 0
     assert interrupted.after_term == [2, 3]
     assert "SIGTERM: step 3 is saved" in interrupted.first_output
+
+
+@pytest.mark.slow
+def test_sigterm_after_the_last_step_changes_nothing(home: Path) -> None:
+    """It comes while the model is copied to a store that waits until somebody reads."""
+    copy, model = home / "slow_store" / "asked_late" / "ppo", home / "asked_late" / "ppo" / "model"
+    copy.mkdir(parents=True)
+    os.mkfifo(copy / "config.json")
+    options = [
+        ONE_PROCESS,
+        "generator.backend=transformers",
+        "steps=1",
+        "evaluation.every=9",
+        "evaluation.num_prompts=4",
+        f"export_to=file://{home}/slow_store",
+    ]
+    with running(home, "asked_late", *options) as process:
+        wait_for(process, model.is_dir)
+        process.terminate()
+        assert (copy / "config.json").read_bytes() == (model / "config.json").read_bytes()
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and f"and in file://{copy}" in output.replace("\n", ""), output
+    assert (copy / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
 
 
 @pytest.mark.slow
