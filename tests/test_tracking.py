@@ -14,8 +14,8 @@ from safetensors.numpy import load_file
 
 from minigpt_ray.checkpoint import CheckpointError
 from minigpt_ray.config import LoggingConfig
-from minigpt_ray.timeline import Span
 from minigpt_ray.data.records import DataError
+from minigpt_ray.timeline import Span
 from minigpt_ray.tracking import Rates, Timer, Tracker, console_line, read_metrics, read_samples
 from tests.disks import fill
 

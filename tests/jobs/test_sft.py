@@ -77,6 +77,7 @@ def test_the_debug_run_learns_and_leaves_a_model(output_dir):
     again = sft(*command, "checkpoint.resume=auto")
     assert again.returncode == 2 and f"what it began from has changed since (data file 1: {demonstrations})" in again.stderr.splitlines()[-1]
 
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_a_sentence(output_dir):
