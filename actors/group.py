@@ -376,9 +376,6 @@ class Group(Generic[R]):
         """How often processes of this role have come or gone since the first were there."""
         return self.restarts
 
-    def device_name(self) -> str:
-        return str(self.whereabouts()[0]["device"])
-
     def whereabouts(self) -> list[dict[str, Any]]:
         """Where each rank's process is, as it said when it was ready."""
         return [{"rank": index, **place} for index, place in enumerate(self._places)]

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -275,11 +275,11 @@ class Cluster:
         self.close()
 
 
-def peak_flops(roles: Mapping[str, AnyPlacement], device_name: str) -> float:
-    """FLOP/s that all devices of the roles can do together: GPUs where there are any, else this machine's cores."""
+def peak_flops(roles: Mapping[str, AnyPlacement], devices: Iterable[str]) -> float:
+    """FLOP/s that all devices of the roles can do together: GPUs, all like the first of `devices` that is one, else this machine's cores."""
     gpus = sum(role.ranks * role.gpus for role in roles.values())
     if gpus:
-        return gpus * gpu_peak_flops(device_name, "bfloat16")
+        return gpus * gpu_peak_flops(next(device for device in devices if device != "cpu"), "bfloat16")
     return cpu_peak_flops(min(os.cpu_count() or 1, sum(role.ranks * role.cpus for role in roles.values())))
 
 

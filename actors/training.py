@@ -45,7 +45,7 @@ class Training:
         generator.obey(Requests(ready.directory), tracker.message)
         for role in [*self.roles[1:], self.roles[0]]:  # the generator last, which may share a GPU with the others
             role.ready()
-        self._device = policy.device_name()
+        self._devices = [str(process["device"]) for role in (policy, *self.roles) for process in role.whereabouts()]
         self.rates = Rates(self.config.steps, self._peak_flops(self.config.placement.generator.workers))
         self._rewinds_left = self.config.restart_limit
         self._changing = self._is_ending = False
@@ -114,7 +114,7 @@ class Training:
     def _peak_flops(self, workers: int) -> float:
         """Of all devices, with so many generator workers."""
         pool = self.config.placement.generator.model_copy(update={"workers": workers})
-        return peak_flops({**self.ready.roles, "generator": pool}, self._device)
+        return peak_flops({**self.ready.roles, "generator": pool}, self._devices)
 
     def metrics(self, state: TrainingState, batch: RolloutBatch, learnt: Sequence[Mapping[str, float]], timer: Timer) -> dict[str, float]:
         """Progress, rates, and what every role was doing in the step that led to `state`; `learnt` is what policy and critic say of their updates."""

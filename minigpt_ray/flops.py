@@ -5,6 +5,8 @@ and to what is before it (a kernel that computes the whole square gets no credit
 they are used, no padding, no recomputation. Norms, rotations and softmax are left out; they are below a percent.
 """
 
+import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +14,8 @@ from functools import cache
 from typing import Literal
 
 from minigpt_ray.presets import ModelShape
+
+logger = logging.getLogger(__name__)
 
 # ------------------------------------------------------------------------------------------------------ the work
 
@@ -92,9 +96,10 @@ def mfu_percent(flops: float, seconds: float, peak: float) -> float:
 
 Dtype = Literal["bfloat16", "float32"]
 
-# Dense tensor-core bfloat16 with float32 accumulation, and float32 without TF32, in TFLOP/s, from the vendor's data
-# sheets. The first name that all stand in the device's name counts: so the special before the general.
 GPU_PEAKS: dict[str, dict[Dtype, float]] = {
+    "GB300": {"bfloat16": 2500.0, "float32": 80.0},
+    "GB200": {"bfloat16": 2500.0, "float32": 80.0},
+    "B300": {"bfloat16": 2250.0, "float32": 75.0},
     "B200": {"bfloat16": 2250.0, "float32": 75.0},
     "H200 NVL": {"bfloat16": 835.5, "float32": 60.0},
     "H200": {"bfloat16": 989.4, "float32": 66.9},
@@ -102,27 +107,63 @@ GPU_PEAKS: dict[str, dict[Dtype, float]] = {
     "H100 PCIe": {"bfloat16": 756.0, "float32": 51.2},
     "H100 NVL": {"bfloat16": 835.5, "float32": 60.0},
     "H100": {"bfloat16": 989.4, "float32": 66.9},
+    "H800 PCIe": {"bfloat16": 756.0, "float32": 51.2},
+    "H800": {"bfloat16": 989.4, "float32": 66.9},
+    "H20": {"bfloat16": 148.0, "float32": 44.0},
     "A100": {"bfloat16": 312.0, "float32": 19.5},
+    "A800": {"bfloat16": 312.0, "float32": 19.5},
+    "A40": {"bfloat16": 149.7, "float32": 37.4},
+    "A30": {"bfloat16": 165.0, "float32": 10.3},
     "A10G": {"bfloat16": 70.0, "float32": 35.0},
     "A10": {"bfloat16": 125.0, "float32": 31.2},
+    "A2": {"bfloat16": 18.0, "float32": 4.5},
     "L40S": {"bfloat16": 362.0, "float32": 91.6},
     "L40": {"bfloat16": 181.0, "float32": 90.5},
+    "L20": {"bfloat16": 119.5, "float32": 59.8},
     "L4": {"bfloat16": 121.0, "float32": 30.3},
+    "V100S": {"bfloat16": 130.0, "float32": 16.4},
+    "V100 PCIE": {"bfloat16": 112.0, "float32": 14.0},
+    "V100": {"bfloat16": 125.0, "float32": 15.7},
+    "T4": {"bfloat16": 65.0, "float32": 8.1},
+    "RTX PRO 6000 Blackwell Max Q": {"bfloat16": 438.9, "float32": 109.7},
+    "RTX PRO 6000 Blackwell Workstation": {"bfloat16": 503.8, "float32": 126.0},
     "RTX 6000 Ada": {"bfloat16": 364.2, "float32": 91.1},
+    "RTX 5000 Ada": {"bfloat16": 261.1, "float32": 65.3},
     "RTX A6000": {"bfloat16": 154.8, "float32": 38.7},
+    "RTX A5000": {"bfloat16": 111.1, "float32": 27.8},
+    "Quadro RTX 8000": {"bfloat16": 130.5, "float32": 16.3},
+    "Quadro RTX 6000": {"bfloat16": 130.5, "float32": 16.3},
     "RTX 5090": {"bfloat16": 209.5, "float32": 104.8},
+    "RTX 5080": {"bfloat16": 112.6, "float32": 56.3},
+    "RTX 5070 Ti": {"bfloat16": 87.9, "float32": 43.9},
+    "RTX 5070": {"bfloat16": 61.7, "float32": 30.9},
     "RTX 4090": {"bfloat16": 165.2, "float32": 82.6},
+    "RTX 4080": {"bfloat16": 97.5, "float32": 48.7},
+    "RTX 3090 Ti": {"bfloat16": 80.0, "float32": 40.0},
     "RTX 3090": {"bfloat16": 71.0, "float32": 35.6},
+    "RTX 3080 Ti": {"bfloat16": 68.2, "float32": 34.1},
+    "RTX 3080": {"bfloat16": 59.5, "float32": 29.8},
 }
+"""Dense tensor-core bfloat16 with float32 accumulation, and float32 without TF32, of one GPU in TFLOP/s.
+
+From NVIDIA's data sheets of each product (those of GB200 NVL72, GB300 NVL72, HGX B200 and B300, divided by their GPUs; half of what is said to be
+with sparsity) and, for RTX cards, its white papers of the architectures: Turing, Ampere GA102, Ada, RTX Blackwell. V100, T4 and Quadro RTX have no
+bfloat16 in their tensor cores; theirs is float16. The first name that all stands in the device's name counts: so the special before the general.
+"""
+
+OTHERS = ("D", "Laptop", "MIG", "SUPER")
+"""Words by which a GPU is another than the one that its name begins with."""
 
 
+@cache
 def gpu_peak_flops(device_name: str, dtype: Dtype) -> float:
-    """Peak FLOP/s of one GPU by the name that `torch.cuda.get_device_name()` gives it."""
+    """Peak FLOP/s of one GPU by the name that `torch.cuda.get_device_name()` gives it; nan, and a line in the log, for one that is unknown."""
     words = device_name.replace("-", " ").split()
     for name, peaks in GPU_PEAKS.items():
-        if all(word in words for word in name.split()):
+        if all(word in words for word in name.split()) and not any(word in words for word in OTHERS):
             return 1e12 * peaks[dtype]
-    raise ValueError(f"no peak is known for GPU {device_name!r}, which MFU needs; add its data sheet's dense TFLOP/s to GPU_PEAKS in minigpt_ray/flops.py")
+    logger.warning("no peak is known for GPU %r, so MFU is null; add its data sheet's dense TFLOP/s to GPU_PEAKS in minigpt_ray/flops.py", device_name)
+    return math.nan
 
 
 @cache

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -126,6 +128,14 @@ def test_mfu_is_a_percentage_of_the_peak_of_all_devices() -> None:
         ("NVIDIA L40S", 362.0),
         ("NVIDIA L4", 121.0),
         ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GB200", 2500.0),
+        ("NVIDIA H20", 148.0),
+        ("NVIDIA A800-SXM4-80GB", 312.0),
+        ("NVIDIA A30", 165.0),
+        ("Tesla V100-PCIE-16GB", 112.0),
+        ("Tesla V100-SXM2-32GB", 125.0),
+        ("Tesla T4", 65.0),
+        ("NVIDIA GeForce RTX 5070 Ti", 87.9),
     ],
 )
 def test_a_gpu_is_known_by_the_name_that_torch_gives_it(device: str, tflops: float) -> None:
@@ -136,9 +146,12 @@ def test_tensor_cores_are_faster_than_float32_on_every_gpu() -> None:
     assert all(peaks["bfloat16"] > peaks["float32"] for peaks in GPU_PEAKS.values())
 
 
-def test_an_unknown_gpu_is_named_with_the_way_out() -> None:
-    with pytest.raises(ValueError, match=r"no peak is known for GPU 'Quadro P400'.*GPU_PEAKS"):
-        gpu_peak_flops("Quadro P400", "bfloat16")
+@pytest.mark.parametrize("device", ["Quadro P400", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"])
+def test_an_unknown_gpu_has_no_peak_and_is_named_once_with_the_way_out(device: str, caplog: pytest.LogCaptureFixture) -> None:
+    gpu_peak_flops.cache_clear()
+    assert all(math.isnan(gpu_peak_flops(device, "bfloat16")) for _ in range(3))
+    (line,) = caplog.messages
+    assert line.startswith(f"no peak is known for GPU {device!r}") and "GPU_PEAKS" in line
 
 
 def test_the_peak_of_a_cpu_is_measured_once_and_leaves_the_thread_count() -> None:

@@ -170,6 +170,13 @@ def test_rates_of_the_step_and_of_the_run():
     assert row["train/eta_minutes"] == row["system/epoch_time"] == pytest.approx(8 * 2 / 60)
 
 
+def test_without_a_known_peak_only_mfu_is_null(tmp_path):
+    with open_tracker(tmp_path) as tracker:
+        tracker.log(1, Rates(last_step=10, peak_flops=math.nan).step(1, seconds=1.0, tokens=100, samples=10, flops=100.0))
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert {name for name, value in row.items() if value is None} == {"train/mfu_percent", "train/mfu_percent_avg"}
+
+
 def test_wandb_is_imported_only_when_it_is_wanted(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with open_tracker(tmp_path) as tracker:

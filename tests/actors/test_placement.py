@@ -109,6 +109,11 @@ def wait_until_free(cpus: float) -> None:
     assert ray.available_resources()["CPU"] == cpus
 
 
+def test_generators_on_gpus_count_though_the_policy_has_none() -> None:
+    roles = {"generator": GeneratorPlacement(workers=2, gpus=1), "policy": RolePlacement()}
+    assert peak_flops(roles, ["cpu", "NVIDIA L4", "NVIDIA L4"]) == 2 * 121e12
+
+
 @pytest.mark.ray
 def test_processes_run_in_their_reservation_which_is_given_back(ray_cluster: None) -> None:
     before = ray.cluster_resources()["CPU"]
@@ -119,7 +124,7 @@ def test_processes_run_in_their_reservation_which_is_given_back(ray_cluster: Non
         assert [(rank.index, rank.world) for rank in ranks] == [(0, 2), (1, 2)]
         assert isinstance(ray.get(hosts[0].__ray_call__.remote(lambda self: self)), RankHost)
         assert ray.available_resources()["CPU"] == before - 2
-        assert peak_flops(cluster.roles, "cpu") > 1e8
+        assert peak_flops(cluster.roles, ["cpu", "cpu"]) > 1e8
     wait_until_free(before)
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(hosts[0].address.remote())
