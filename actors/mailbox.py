@@ -4,13 +4,18 @@ Ray's and Ray Train's own processes read this module, so it imports nothing that
 """
 
 import asyncio
+import math
 import pickle
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from minigpt_ray.imports import without_collection
+
+SIGN_SECONDS = 5.0
+"""Between two signs of life of a worker."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,11 @@ class Started:
     name: str
     place: Any
     """Whereabouts, for the watchdog."""
+
+
+@dataclass(frozen=True)
+class Alive:
+    """A worker computes what comes before the first step."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,18 @@ class Sender:
         self.send(Saving())
         ray.get(self._before)
         ray.get(self._mailbox.settled.remote())
+
+
+class Pulse:
+    """Any rank's signs of life while it is at work for long before the first step: one for so many calls as come within SIGN_SECONDS."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox, self._last = mailbox, -math.inf
+
+    def __call__(self) -> None:
+        if time.monotonic() >= self._last + SIGN_SECONDS:
+            self._last = time.monotonic()
+            self._mailbox.put.remote(Alive())
 
 
 def work(given: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 
 from actors.dataset import Sources
 from actors.engine import Engine, all_reduce_sum
-from actors.mailbox import Begun, Logged, Sender, Started, Stopped
+from actors.mailbox import Begun, Logged, Pulse, Sender, Started, Stopped
 from actors.reference_logprobs import with_reference
 from actors.stacks import keep_stacks_at_hand
 from actors.stage_inputs import Ready
@@ -65,7 +65,7 @@ def train(ready: Ready, stored: Mapping[str, Path], mailbox: Any) -> None:
     ray.get(mailbox.put.remote(Started(f"{ready.config.stage} worker {dist.get_rank()} of {dist.get_world_size()}", Whereabouts.mine())))
     sender = Sender(mailbox) if dist.get_rank() == 0 else None
     settle_in(ready.config)
-    windows, validation = read(ready, stored, "train"), read(ready, stored, "validation")
+    windows, validation = read(ready, stored, Pulse(mailbox))
     worker = SupervisedRank(ready, windows, validation, sender.asked_to_end) if sender else SupervisedRank(ready, windows, validation)
     start = worker.restore()
     if sender:
@@ -104,12 +104,14 @@ def settle_in(config: SupervisedConfig) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def read(ready: Ready, stored: Mapping[str, Path], part: str) -> Sources:
-    """The windows of all sources with all that the loss asks for. Collective."""
-    windows = Sources.load(stored, part)
-    if ready.reference is None:
-        return windows
-    return Sources(with_reference(windows.parts, {name: directory / part for name, directory in stored.items()}, ready.reference, ready.config))
+def read(ready: Ready, stored: Mapping[str, Path], alive: Callable[[], object]) -> tuple[Sources, Sources]:
+    """The windows of all sources, to train and to validate, with all that the loss asks for; `alive` is called now and then. Collective."""
+    parts = {part: Sources.load(stored, part) for part in ("train", "validation")}
+    if ready.reference is not None:
+        windows = {stored[name] / part: own for part, sources in parts.items() for name, own in sources.parts.items()}
+        windows = with_reference(windows, ready.reference, ready.config, alive)
+        parts = {part: Sources({name: windows[directory / part] for name, directory in stored.items()}) for part in parts}
+    return parts["train"], parts["validation"]
 
 
 class SupervisedRank:

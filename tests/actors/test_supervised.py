@@ -7,6 +7,7 @@ import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from safetensors.numpy import load_file
 
 from actors.dataset import Sources, pack_windows
 from actors.group import RankHost
-from actors.mailbox import Logged, Mailbox, Sender, Stopped
+from actors.mailbox import SIGN_SECONDS, Alive, Logged, Mailbox, Pulse, Sender, Stopped
 from actors.reference_logprobs import with_reference
 from actors.reward_sources import load_calibration
 from actors.stage_inputs import StageError, prepare
@@ -25,6 +26,7 @@ from actors.supervised import _deliver
 from actors.supervised_rank import SupervisedRank, num_steps
 from minigpt_ray.cli import write_resolved
 from minigpt_ray.config import DPOConfig, LoggingConfig, MidtrainConfig, PretrainConfig, RewardModelConfig, SFTConfig
+from minigpt_ray.data.prepared import sha256_of
 from minigpt_ray.inputs import fingerprint_of_model
 from minigpt_ray.models import TokenLogprobs, build_causal, export, load_causal, load_scalar
 from minigpt_ray.stages import REFERENCE, STAGES, Batch
@@ -62,7 +64,7 @@ def config(output_dir, stage="sft", **fields):
     return ROOTS[stage].model_validate(given | of_stage | fields)
 
 
-def build(settings):
+def build(settings, alive=lambda: None):
     """A rank with windows that it packs itself: the first tenth for validation, one source in the directory of each."""
     ready = prepare(settings)
     tokenizer, stage = load_tokenizer(ready.tokenizer), STAGES[ready.config.stage]
@@ -76,7 +78,8 @@ def build(settings):
         directories = {part: ready.directory / f"{part}-{dist.get_world_size()}" for part in parts}
         for directory in directories.values():
             directory.mkdir(parents=True, exist_ok=True)
-        parts = {part: with_reference(windows, {"": directories[part]}, ready.reference, settings) for part, windows in parts.items()}
+        found = with_reference({directories[part]: windows[""] for part, windows in parts.items()}, ready.reference, settings, alive)
+        parts = {part: {"": found[directory]} for part, directory in directories.items()}
     return SupervisedRank(ready, Sources(parts["train"]), Sources(parts["validation"]))
 
 
@@ -341,6 +344,49 @@ def test_reference_logprobs_are_the_models_own_and_computed_once(run, alone, mon
     monkeypatch.setattr("actors.reference_logprobs.load_causal", None)
     assert len(build(config(run, "dpo", beta=0.5)).windows) == len(windows)
     assert build(config(run, "dpo", loss="simpo")).windows.parts[""].numbers == {}
+
+
+@pytest.mark.slow
+def test_reference_logprobs_that_an_interrupted_pass_has_left_are_not_computed_again(run, alone, monkeypatch):
+    monkeypatch.setattr("actors.reference_logprobs.PIECE", 4)
+    settings = config(run, "dpo", validation_share=0, engine={"micro_batch_tokens": 2 * 192})  # two batches a piece
+    signs = []
+
+    def dies():
+        signs.append("of the first pass")
+        if len(signs) == 2 * 2 + 1:  # the third piece is incomplete
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        build(settings, dies)
+    signs.clear()
+    worker = build(settings, lambda: signs.append("of the second pass"))
+    found = {part: sources.parts[""].numbers[REFERENCE] for part, sources in (("train", worker.windows), ("validation", worker.validation))}
+    assert len(signs) == sum(-(-len(column) // 2) for column in found.values()) - 2 * 2 > 0
+    for directory in (run / "r" / "dpo").glob("*-1"):
+        assert [path.suffix for path in directory.iterdir()] == [".npy"]  # no piece is left
+        shutil.rmtree(directory)
+    monkeypatch.undo()
+    whole = build(config(run, "dpo", validation_share=0))
+    np.testing.assert_allclose(found["train"], whole.windows.parts[""].numbers[REFERENCE], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_reference_is_read_once_however_many_parts_there_are(run, alone, monkeypatch):
+    read = []
+    monkeypatch.setattr("actors.reference_logprobs.sha256_of", lambda path: read.append(path.name) or sha256_of(path))
+    build(config(run, "dpo"))
+    assert sorted(read) == ["config.json", "model.safetensors"]
+
+
+def test_a_worker_that_is_long_at_work_gives_a_sign_of_life_now_and_then(monkeypatch):
+    put, now = [], [0.0]
+    mailbox = SimpleNamespace(put=SimpleNamespace(remote=put.append))
+    monkeypatch.setattr("actors.mailbox.time.monotonic", lambda: now[0])
+    pulse = Pulse(mailbox)
+    for now[0] in (0.0, 1.0, SIGN_SECONDS - 0.1, SIGN_SECONDS, SIGN_SECONDS + 1, 3 * SIGN_SECONDS):
+        pulse()
+    assert put == [Alive()] * 3
 
 
 # ---------------------------------------------------------------------------------------------- two ranks and one
