@@ -25,7 +25,7 @@ import ray
 from jaxtyping import Bool, Float32, Int32, Int64
 from numpy.lib import format as npy
 
-from actors.stage_inputs import Files
+from actors.stage_inputs import Files, StageError
 from minigpt_ray.config import SupervisedConfig
 from minigpt_ray.data.packing import Group, Windows, pack_groups
 from minigpt_ray.data.prepared import MANIFEST, sha256_of
@@ -239,11 +239,14 @@ def tokenise_and_pack(
 def _pack_in_parallel(
     stage: Stage, config: SupervisedConfig, items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, apart: bool
 ) -> Iterator[StoredWindows | DataError]:
-    """What _pack_block makes of each block, by Ray Data."""
+    """What _pack_block makes of each block, by Ray Data; raises StageError when no further one is made within hang_after_s."""
+    from ray.data.exceptions import ExecutionTimeoutError  # ray.data takes long to import, and the stage's workers need none of it
+
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # else its execution plans stand between a job's lines
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
+    context.execution_no_progress_timeout_s = config.hang_after_s
     shared = ray.put(tokenizer)
 
     def pack_block(block: dict[str, Any]) -> dict[str, Any]:
@@ -251,8 +254,14 @@ def _pack_in_parallel(
 
     # Pickled: Arrow would take items and ragged arrays apart.
     blocks = [{"items": pickle.dumps(items[i : i + stage.block_items])} for i in range(0, len(items), stage.block_items)]
-    for result in ray.data.from_items(blocks, override_num_blocks=len(blocks)).map(pack_block).iter_rows():
-        yield pickle.loads(result["packed"])
+    try:
+        for result in ray.data.from_items(blocks, override_num_blocks=len(blocks)).map(pack_block).iter_rows():
+            yield pickle.loads(result["packed"])
+    except ExecutionTimeoutError:
+        raise StageError(
+            f"no block of {stage.block_items:,} rows was tokenised for {config.hang_after_s:g} s: a data worker stands still, or no node has room for one; "
+            "see `ray status`, raise hang_after_s if a block takes so long, and give the same command again"
+        ) from None
 
 
 def _pack_block(stage: Stage, config: SupervisedConfig, items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, apart: bool) -> StoredWindows | DataError:

@@ -66,7 +66,7 @@ class SupervisedConfig(TrainingConfig):
     wait_seconds: NonNegativeFloat = 10
     """How long the job waits for room, saying what is missing, before it is refused; where an autoscaler brings nodes, as long as these take."""
     hang_after_s: PositiveFloat = 3600
-    """After so many seconds without a step, or without a batch of the reference's logprobs before the first one, the workers count as hung: their stacks are printed, and they are ended and replaced like workers that died."""
+    """After so many seconds without a step, or without a batch of the reference's logprobs before the first one, the workers count as hung: their stacks are printed, and they are ended and replaced like workers that died. So long without a tokenised block while windows are made ends the job."""
     validation_share: float = Field(default=0.02, ge=0, lt=1)
     """Share of the examples kept for the validation loss."""
     validation_every: PositiveInt = 100

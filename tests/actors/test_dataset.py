@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from actors.dataset import Sources, StoredWindows, choose_validation, describe, left_out, prepare_windows
-from actors.stage_inputs import Files
+from actors.stage_inputs import Files, StageError
 from minigpt_ray.config import PretrainConfig, RewardModelConfig, SFTConfig
 from minigpt_ray.data.packing import pack
 from minigpt_ray.data.rows import DataError
@@ -85,6 +85,26 @@ def test_a_data_worker_that_is_killed_is_replaced_and_the_windows_are_the_same(r
     disturbed = prepare_sft(path, tokenizer, tmp_path / "disturbed") / "train"
     assert died.exists()
     assert {file.name: file.read_bytes() for file in disturbed.iterdir()} == {file.name: file.read_bytes() for file in undisturbed.iterdir()}
+
+
+@pytest.mark.ray
+def test_a_data_worker_that_stands_still_ends_the_job_with_a_sentence(ray_cluster, tokenizer, tmp_path, monkeypatch):
+    path = demonstrations(tmp_path / "a.jsonl", [f"answer {i}" for i in range(30)])
+    stage, stopped = replace(STAGES["sft"], block_items=7), tmp_path / "stopped"
+
+    def stops(tokenizer, item, config):
+        if str(item.place).endswith(":16") and not stopped.exists():
+            stopped.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return stage.encode(tokenizer, item, config)
+
+    monkeypatch.setitem(STAGES, "sft", replace(stage, encode=stops))
+    try:
+        with pytest.raises(StageError, match=r"no block of 7 rows was tokenised for 8 s: a data worker stands still, .* raise hang_after_s"):
+            prepare_sft(path, tokenizer, tmp_path / "windows", hang_after_s=8)
+    finally:
+        os.kill(int(stopped.read_text()), signal.SIGKILL)
+    assert not list((tmp_path / "windows").glob("[!.]*"))
 
 
 def test_windows_are_made_again_only_when_what_they_are_made_from_changes(tokenizer, tmp_path):
