@@ -15,16 +15,16 @@ import yaml
 from actors.parent import driver_restarts
 from actors.placement import roles_of
 from actors.prometheus import sinks
-from actors.reward_sources import check_sources
+from actors.reward_sources import check_sources, reward_models
 from minigpt_ray.checkpoint import Checkpoints
 from minigpt_ray.cli import resolved, write_resolved
 from minigpt_ray.config import AnyPlacement, ModelReward, PPOConfig, SupervisedConfig, VerifierReward
-from minigpt_ray.data.prompts import PromptSet, encode_prompts, read_prompts
+from minigpt_ray.data.prompts import PromptSet, encode_prompts, longest, read_prompts
 from minigpt_ray.data.rows import Row
 from minigpt_ray.flops import PPOShapes
 from minigpt_ray.inputs import Inputs
 from minigpt_ray.memory import per_process
-from minigpt_ray.model_directory import config_json, resolve_model
+from minigpt_ray.model_directory import check_context, config_json, resolve_model
 from minigpt_ray.object_store import check_store
 from minigpt_ray.presets import ModelShape
 from minigpt_ray.status import refuse_another
@@ -70,6 +70,7 @@ class Preparation:
         self.tokenizer = load_tokenizer(self.policy_path)
         self.prompts = encode_prompts(config.data, prompts, self.tokenizer)
         self.held_out = encode_prompts(config.evaluation.data, held_out, self.tokenizer).prompts[: config.evaluation.num_prompts]
+        self._check_models()
 
     @property
     def roles(self) -> dict[str, AnyPlacement]:
@@ -85,8 +86,25 @@ class Preparation:
         """Longest prompt and longest response together, at least what the probe of the weights takes: its tokens and one more."""
         from actors.weights import PROBE_LENGTH  # imports torch, which this module does not
 
-        responses = max(self.config.sampling.max_tokens, self.config.evaluation.sampling.max_tokens)
-        return max(max(len(p.token_ids) for p in (*self.prompts.prompts, *self.held_out)) + responses, PROBE_LENGTH + 1)
+        return max(max(self._prompt_lengths.values()) + max(self._response_lengths.values()), PROBE_LENGTH + 1)
+
+    @property
+    def _prompt_lengths(self) -> dict[str, int]:
+        """The longest of each set, by its section."""
+        return {"data": longest(self.prompts.prompts), "evaluation.data": longest(self.held_out)}
+
+    @property
+    def _response_lengths(self) -> dict[str, int]:
+        return {"sampling.max_tokens": self.config.sampling.max_tokens, "evaluation.sampling.max_tokens": self.config.evaluation.sampling.max_tokens}
+
+    def _check_models(self) -> None:
+        """Every model can read the longest prompt with the longest response."""
+        config = self.config
+        learners = {"policy": config.policy.init_from, "reference": config.reference.init_from}
+        if config.algorithm.uses_critic:
+            learners["critic"] = config.critic.init_from
+        models = {role: self._path(init_from) for role, init_from in learners.items()} | reward_models(config.rewards, config.run_dir)
+        check_context(models, self._prompt_lengths, self._response_lengths)
 
     @cached_property
     def shapes(self) -> PPOShapes:
@@ -98,7 +116,10 @@ class Preparation:
         return PPOShapes(policy, critic, self._shape(self.config.reference.init_from), rewards, policy.vocab_size)
 
     def _shape(self, init_from: str) -> ModelShape:
-        return ModelShape.from_config_json(config_json(self.policy_path if init_from == "policy" else resolve_model(init_from, self.config.run_dir)))
+        return ModelShape.from_config_json(config_json(self._path(init_from)))
+
+    def _path(self, init_from: str) -> str:
+        return self.policy_path if init_from == "policy" else resolve_model(init_from, self.config.run_dir)
 
     def _inputs(self, files: Sequence[Path]) -> Inputs:
         """What a run begins from; evaluation may have other prompts when it goes on."""

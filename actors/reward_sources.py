@@ -31,6 +31,11 @@ def check_sources(sources: Mapping[str, AnyReward], run_dir: Path) -> None:
                 raise ValueError(f"rewards.{name}: {error}; start the server, or correct rewards.{name}.url") from None
 
 
+def reward_models(sources: Mapping[str, AnyReward], run_dir: Path) -> dict[str, str]:
+    """What `from_pretrained` takes, by `rewards.<name>`, of every reward model that is asked here."""
+    return {f"rewards.{name}": resolve_model(source.init_from, run_dir) for name, source in sources.items() if isinstance(source, ModelReward)}
+
+
 def token_of(name: str, source: HttpReward) -> str | None:
     """The bearer token that the environment holds; raises ValueError when it does not."""
     if source.token_env is None:

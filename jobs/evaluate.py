@@ -13,16 +13,20 @@ from minigpt_ray.config import EvaluateConfig
 
 def run(config: EvaluateConfig) -> None:
     """Evaluate every model, one after the other."""
-    from actors.reward_sources import check_sources
-    from minigpt_ray.data.prompts import encode_prompts, read_prompts
-    from minigpt_ray.model_directory import resolve_model
+    from actors.reward_sources import check_sources, reward_models
+    from minigpt_ray.data.prompts import encode_prompts, longest, read_prompts
+    from minigpt_ray.model_directory import check_context, resolve_model
     from minigpt_ray.tokenizer import load_tokenizer
 
     with one_sentence():  # the first tokenizer brings torch; most of what can be refused is refused before
         paths = {name: resolve_model(name, config.run_dir) for name in config.models}
         rows = read_prompts(config.data, config.stage_dir("prepare_data") / "held_out.jsonl")
         check_sources(config.rewards, config.run_dir)
-        held_out = {name: encode_prompts(config.data, rows, load_tokenizer(path)).prompts[: config.num_prompts] for name, path in paths.items()}
+        tokenizers = {name: load_tokenizer(path) for name, path in paths.items()}
+        held_out = {name: encode_prompts(config.data, rows, tokenizer).prompts[: config.num_prompts] for name, tokenizer in tokenizers.items()}
+        for name, path in paths.items():
+            readers = {name: path} | reward_models(config.rewards, config.run_dir)
+            check_context(readers, {"data": longest(held_out[name])}, {"sampling.max_tokens": config.sampling.max_tokens})
 
     from rich.console import Console
 
@@ -42,7 +46,6 @@ def run(config: EvaluateConfig) -> None:
     placement = config.placement
     with one_sentence((PlacementError, RewardError)), Cluster(placement, roles_of_evaluation(placement, config.rewards)) as cluster:
         rewards = Rewards(cluster, config.rewards, config.run_dir, next(iter(paths.values())))
-        longest = max(len(prompt.token_ids) for prompts in held_out.values() for prompt in prompts) + config.sampling.max_tokens
         generator: Generator | None = None
         for number, (name, path) in enumerate(paths.items()):
             prompts = held_out[name]
@@ -50,7 +53,8 @@ def run(config: EvaluateConfig) -> None:
                 if generator is None or not generator.can_use(path):  # else its engine, which takes long to start, loads the next weights
                     if generator is not None:
                         generator.close()
-                    generator = Generator(cluster, path, config.generator, longest, placement.generator.tensor_parallel, config.seed)
+                    room = longest(prompts) + config.sampling.max_tokens
+                    generator = Generator(cluster, path, config.generator, room, placement.generator.tensor_parallel, config.seed)
                     for role in (*rewards.groups, generator):
                         role.ready()
                 generator.use_checkpoint(number, path)

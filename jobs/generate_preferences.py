@@ -17,10 +17,10 @@ def run(config: GeneratePreferencesConfig) -> None:
     """Answer, score, pair, write; nothing when the same configuration and model have done so before."""
     from rich.console import Console
 
-    from actors.reward_sources import check_sources
+    from actors.reward_sources import check_sources, reward_models
     from minigpt_ray.data.preferences import PairFile, load_right_answers, make_pairs, summary
-    from minigpt_ray.data.prompts import encode_prompts, read_prompts
-    from minigpt_ray.model_directory import resolve_model
+    from minigpt_ray.data.prompts import encode_prompts, longest, read_prompts
+    from minigpt_ray.model_directory import check_context, resolve_model
     from minigpt_ray.tokenizer import load_tokenizer
 
     console = Console()
@@ -35,6 +35,8 @@ def run(config: GeneratePreferencesConfig) -> None:
         check_sources(config.rewards, config.run_dir)
         tokenizer = load_tokenizer(path)
         prompts = encode_prompts(config.data, rows, tokenizer).prompts[: config.num_prompts]
+        readers = {config.model: path} | reward_models(config.rewards, config.run_dir)
+        check_context(readers, {"data": longest(prompts)}, {"sampling.max_tokens": config.sampling.max_tokens})
         right = load_right_answers(config.data, default, prompts, tokenizer) if config.right_answer else {}
 
     from actors.attempts import RewardError
@@ -46,8 +48,8 @@ def run(config: GeneratePreferencesConfig) -> None:
     with one_sentence():
         cluster = Cluster(config.placement, roles_of_evaluation(config.placement, config.rewards))
     with cluster, one_sentence((RewardError,)), console.status("loading the model and the reward sources") as status:
-        longest = max(len(prompt.token_ids) for prompt in prompts) + config.sampling.max_tokens
-        generator = Generator(cluster, path, config.generator, longest, config.placement.generator.tensor_parallel, config.seed)
+        room = longest(prompts) + config.sampling.max_tokens
+        generator = Generator(cluster, path, config.generator, room, config.placement.generator.tensor_parallel, config.seed)
         rewards = Rewards(cluster, config.rewards, config.run_dir, path)
         for role in (*rewards.groups, generator):
             role.ready()

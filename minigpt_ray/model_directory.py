@@ -1,9 +1,11 @@
 """Where a model is: a stage of the run, a directory, a hub id. Imports no torch, so that a missing one is refused at once."""
 
 import json
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,21 @@ def config_json(path: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     return Path(path) / "config.json" if Path(path).is_dir() else Path(hf_hub_download(path, "config.json"))
+
+
+def check_context(models: Mapping[str, str], prompts: Mapping[str, int], responses: Mapping[str, int]) -> None:
+    """Raise ValueError where a model cannot read the longest prompt and the longest response together; one whose config.json names no limit has none.
+
+    models: directory or hub id by what to call it. prompts, responses: tokens by the section, or field, of the configuration that they come from.
+    """
+    (section, prompt), (field, response) = (max(lengths.items(), key=itemgetter(1)) for lengths in (prompts, responses))
+    for name, path in models.items():
+        most = json.loads(config_json(path).read_text(encoding="utf-8")).get("max_position_embeddings", math.inf)
+        if prompt + response > most:
+            raise ValueError(
+                f"{name}: the model {path} reads {most} tokens, but the longest prompt has {prompt} and {field}={response} come after it; "
+                f"lower {field}, or {section}.max_prompt_tokens, by which longer prompts are dropped or cut, or take a model that reads more"
+            )
 
 
 def same_but_for_weights(one: str, other: str) -> bool:

@@ -1,6 +1,6 @@
 """Prompts: read, encoded and length-checked once, then drawn in a shuffled order that resumes from one number."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -59,6 +59,11 @@ def encode_prompts(config: PromptsConfig, rows: Sequence[Row], tokenizer: PreTra
             f"{rows[0].place} and on: all {dropped} prompts are longer than max_prompt_tokens={config.max_prompt_tokens}; raise it or set too_long=truncate_left"
         )
     return PromptSet(tuple(prompts), dropped, truncated)
+
+
+def longest(prompts: Iterable[Prompt]) -> int:
+    """Tokens of the longest prompt."""
+    return max(len(prompt.token_ids) for prompt in prompts)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], place: str) -> np.ndarray:

@@ -114,6 +114,32 @@ def test_what_is_not_there_is_refused(config: Callable[..., PPOConfig], override
         Preparation(config(override))
 
 
+@pytest.mark.parametrize(
+    ("field", "other"), [("sampling.max_tokens", "evaluation.sampling.max_tokens"), ("evaluation.sampling.max_tokens", "sampling.max_tokens")]
+)
+def test_texts_that_the_models_cannot_read_are_refused_with_the_settings(config: Callable[..., PPOConfig], run: Path, field: str, other: str) -> None:
+    write_rows(run / "prepare_data" / "held_out.jsonl", [{"prompt": "what is 1000?", "answer": "1000"}])
+    prompt = Preparation(config(f"{field}=100", f"{other}=8")).max_model_len - 100
+    assert Preparation(config(f"{field}={512 - prompt}", f"{other}=8")).max_model_len == 512
+    with pytest.raises(ValueError) as refusal:
+        Preparation(config(f"{field}={513 - prompt}", f"{other}=8"))
+    assert str(refusal.value) == (
+        f"policy: the model {run}/sft/model reads 512 tokens, but the longest prompt has {prompt} and {field}={513 - prompt} come after it; "
+        f"lower {field}, or evaluation.data.max_prompt_tokens, by which longer prompts are dropped or cut, or take a model that reads more"
+    )
+
+
+def test_every_role_has_to_read_prompts_and_responses(config: Callable[..., PPOConfig], run: Path) -> None:
+    short = shutil.copytree(run / "sft" / "model", run / "short")
+    said = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(said | {"max_position_embeddings": 40}))
+    for role in ("critic", "reference"):
+        with pytest.raises(ValueError, match=rf"^{role}: the model {short} reads 40 tokens"):
+            Preparation(config(f"{role}.init_from={short}"))
+    with pytest.raises(ValueError, match=rf"^rewards\.rm: the model {short} reads 40 tokens"):
+        Preparation(config(f"rewards.rm={{kind: model, init_from: {short}}}"))
+
+
 # --------------------------------------------------------------------------------------------------- going on
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from jobs.evaluate import run
 from jobs.prepare_data import main as prepare_data
 from minigpt_ray.cli import ConfigError, read_config
 from minigpt_ray.config import EvaluateConfig
@@ -43,10 +44,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with two models of random weights and no metrics of any stage, as when both came from elsewhere."""
     directory = tmp_path_factory.mktemp("home")
     assert prepare_data([str(CHECKOUT / "configs/debug/prepare_data.yaml"), f"output_dir={directory}"]) == 0
-    run = directory / "debug"
-    tokenizer = load_tokenizer(run / "prepare_data" / "tokenizer")
+    debug = directory / "debug"
+    tokenizer = load_tokenizer(debug / "prepare_data" / "tokenizer")
     for name, seed in (("sft", 0), ("ppo", 1)):
-        export(build_causal("nano", tokenizer, seed=seed), tokenizer, run / name / "model")
+        export(build_causal("nano", tokenizer, seed=seed), tokenizer, debug / name / "model")
     (directory / "a_users_rewards.py").write_text(REWARD)
     return directory
 
@@ -96,6 +97,13 @@ def test_what_is_named_and_not_there_is_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=re.escape(sentence)):
             read_config(EvaluateConfig, given)
+
+
+def test_answers_that_a_model_cannot_hold_are_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run(read_config(EvaluateConfig, [f"output_dir={home}", "run=debug", "sampling.max_tokens=500"]))
+    said = capsys.readouterr().err
+    assert re.match(r"sft: the model .*/sft/model reads 512 tokens, but the longest prompt has \d+ and sampling.max_tokens=500 come after it; lower", said)
 
 
 def test_help_and_a_mistake() -> None:

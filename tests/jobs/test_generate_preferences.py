@@ -1,12 +1,16 @@
 """`python -m jobs.generate_preferences` as a user runs it: a nano model's own answers become pairs that agree with their scores."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from jobs.generate_preferences import run
+from minigpt_ray.cli import read_config
+from minigpt_ray.config import GeneratePreferencesConfig
 from minigpt_ray.data.verification import verify
 from tests.jobs.starts import random_start
 from tests.jobs.test_evaluate import CHECKOUT, REWARD, environment
@@ -62,3 +66,10 @@ def test_answers_become_pairs_and_a_second_call_finds_them(home: Path) -> None:
     assert again.returncode == 0 and "nothing to do" in again.stdout
     refused = generate(*arguments, "min_margin=0.5", path=str(home))
     assert refused.returncode == 2 and "min_margin: 0.0 then, 0.5 now" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_answers_that_the_model_cannot_hold_are_refused(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(home / "debug", tmp_path / "debug", ignore=shutil.ignore_patterns("generate_preferences"))
+    with pytest.raises(SystemExit, match="2"):
+        run(read_config(GeneratePreferencesConfig, [f"output_dir={tmp_path}", "run=debug", "sampling.max_tokens=500"]))
+    assert "sft: the model" in (said := capsys.readouterr().err) and "reads 512 tokens" in said and "sampling.max_tokens=500" in said
