@@ -15,7 +15,7 @@ import yaml
 from actors.parent import driver_restarts
 from actors.placement import roles_of
 from actors.prometheus import sinks
-from actors.reward_sources import check_sources, reward_models
+from actors.reward_sources import check_sources, check_vocabularies, reward_models
 from minigpt_ray.checkpoint import Checkpoints
 from minigpt_ray.cli import resolved, write_resolved
 from minigpt_ray.config import AnyPlacement, ModelReward, PPOConfig, SupervisedConfig, VerifierReward
@@ -98,13 +98,14 @@ class Preparation:
         return {"sampling.max_tokens": self.config.sampling.max_tokens, "evaluation.sampling.max_tokens": self.config.evaluation.sampling.max_tokens}
 
     def _check_models(self) -> None:
-        """Every model can read the longest prompt with the longest response."""
+        """Every model can read the longest prompt with the longest response, and a reward model the policy's token ids."""
         config = self.config
         learners = {"policy": config.policy.init_from, "reference": config.reference.init_from}
         if config.algorithm.uses_critic:
             learners["critic"] = config.critic.init_from
         models = {role: self._path(init_from) for role, init_from in learners.items()} | reward_models(config.rewards, config.run_dir)
         check_context(models, self._prompt_lengths, self._response_lengths)
+        check_vocabularies(config.rewards, config.run_dir, {"the policy": self.tokenizer})
 
     @cached_property
     def shapes(self) -> PPOShapes:

@@ -1,4 +1,4 @@
-"""What a job asks of its reward sources before any process starts: that they exist. Imports no torch, so that the answer comes at once."""
+"""What a job asks of its reward sources before any process starts: that they exist, and read what its models write. Imports no torch, so that the answer comes at once."""
 
 import json
 import os
@@ -13,6 +13,7 @@ from actors.reward_http import RewardServer
 from actors.reward_process import load_function
 from minigpt_ray.config import AnyReward, FunctionReward, HttpReward, ModelReward
 from minigpt_ray.model_directory import VALIDATION, resolve_model
+from minigpt_ray.tokenizer import PreTrainedTokenizerBase, load_tokenizer
 
 
 def check_sources(sources: Mapping[str, AnyReward], run_dir: Path) -> None:
@@ -34,6 +35,18 @@ def check_sources(sources: Mapping[str, AnyReward], run_dir: Path) -> None:
 def reward_models(sources: Mapping[str, AnyReward], run_dir: Path) -> dict[str, str]:
     """What `from_pretrained` takes, by `rewards.<name>`, of every reward model that is asked here."""
     return {f"rewards.{name}": resolve_model(source.init_from, run_dir) for name, source in sources.items() if isinstance(source, ModelReward)}
+
+
+def check_vocabularies(sources: Mapping[str, AnyReward], run_dir: Path, tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
+    """Raise ValueError for a reward model that would take the token ids of one of these, by the names of their models, for other texts."""
+    for reward, path in reward_models(sources, run_dir).items():
+        vocabulary = load_tokenizer(path).get_vocab()
+        for name, tokenizer in tokenizers.items():
+            if tokenizer.get_vocab() != vocabulary:
+                raise ValueError(
+                    f"{reward}: the reward model {path} has another vocabulary than {name}, whose token ids it would read; train one with that tokenizer, "
+                    "or serve it as text with jobs.serve_reward and kind: http"
+                )
 
 
 def token_of(name: str, source: HttpReward) -> str | None:

@@ -13,7 +13,7 @@ from minigpt_ray.config import EvaluateConfig
 
 def run(config: EvaluateConfig) -> None:
     """Evaluate every model, one after the other."""
-    from actors.reward_sources import check_sources, reward_models
+    from actors.reward_sources import check_sources, check_vocabularies, reward_models
     from minigpt_ray.data.prompts import encode_prompts, longest, read_prompts
     from minigpt_ray.model_directory import check_context, resolve_model
     from minigpt_ray.tokenizer import load_tokenizer
@@ -23,6 +23,7 @@ def run(config: EvaluateConfig) -> None:
         rows = read_prompts(config.data, config.stage_dir("prepare_data") / "held_out.jsonl")
         check_sources(config.rewards, config.run_dir)
         tokenizers = {name: load_tokenizer(path) for name, path in paths.items()}
+        check_vocabularies(config.rewards, config.run_dir, tokenizers)
         held_out = {name: encode_prompts(config.data, rows, tokenizer).prompts[: config.num_prompts] for name, tokenizer in tokenizers.items()}
         for name, path in paths.items():
             readers = {name: path} | reward_models(config.rewards, config.run_dir)

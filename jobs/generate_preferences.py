@@ -17,7 +17,7 @@ def run(config: GeneratePreferencesConfig) -> None:
     """Answer, score, pair, write; nothing when the same configuration and model have done so before."""
     from rich.console import Console
 
-    from actors.reward_sources import check_sources, reward_models
+    from actors.reward_sources import check_sources, check_vocabularies, reward_models
     from minigpt_ray.data.preferences import PairFile, load_right_answers, make_pairs, summary
     from minigpt_ray.data.prompts import encode_prompts, longest, read_prompts
     from minigpt_ray.model_directory import check_context, resolve_model
@@ -35,6 +35,7 @@ def run(config: GeneratePreferencesConfig) -> None:
         check_sources(config.rewards, config.run_dir)
         tokenizer = load_tokenizer(path)
         prompts = encode_prompts(config.data, rows, tokenizer).prompts[: config.num_prompts]
+        check_vocabularies(config.rewards, config.run_dir, {config.model: tokenizer})
         readers = {config.model: path} | reward_models(config.rewards, config.run_dir)
         check_context(readers, {"data": longest(prompts)}, {"sampling.max_tokens": config.sampling.max_tokens})
         right = load_right_answers(config.data, default, prompts, tokenizer) if config.right_answer else {}

@@ -15,6 +15,7 @@ from minigpt_ray.cli import read_config, resolved, write_resolved
 from minigpt_ray.config import PPOConfig
 from minigpt_ray.data.rows import DataError
 from minigpt_ray.status import InUse
+from minigpt_ray.tokenizer import train_tokenizer
 from tests.test_status import driver
 
 QUESTIONS = [{"prompt": f"what is {n}?", "answer": str(n)} for n in range(6)]
@@ -138,6 +139,13 @@ def test_every_role_has_to_read_prompts_and_responses(config: Callable[..., PPOC
             Preparation(config(f"{role}.init_from={short}"))
     with pytest.raises(ValueError, match=rf"^rewards\.rm: the model {short} reads 40 tokens"):
         Preparation(config(f"rewards.rm={{kind: model, init_from: {short}}}"))
+
+
+def test_a_reward_model_with_another_vocabulary_than_the_policy_is_refused(config: Callable[..., PPOConfig], run: Path) -> None:
+    other = shutil.copytree(run / "sft" / "model", run / "other")
+    train_tokenizer(["hello hello"] * 9, 262).save_pretrained(other)
+    with pytest.raises(ValueError, match=rf"^rewards\.rm: the reward model {other} has another vocabulary than the policy, .* kind: http$"):
+        Preparation(config(f"rewards.rm={{kind: model, init_from: {other}}}"))
 
 
 # --------------------------------------------------------------------------------------------------- going on

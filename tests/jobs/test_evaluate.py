@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from jobs.prepare_data import main as prepare_data
 from minigpt_ray.cli import ConfigError, read_config
 from minigpt_ray.config import EvaluateConfig
 from minigpt_ray.models import build_causal, export
-from minigpt_ray.tokenizer import load_tokenizer
+from minigpt_ray.tokenizer import load_tokenizer, train_tokenizer
 from tests.test_metrics_doc import documented
 
 CHECKOUT = Path(__file__).parents[2]
@@ -97,6 +98,16 @@ def test_what_is_named_and_not_there_is_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=re.escape(sentence)):
             read_config(EvaluateConfig, given)
+
+
+def test_a_reward_model_has_to_share_the_vocabulary_of_every_model(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = shutil.copytree(home / "debug" / "sft" / "model", home / "other")
+    train_tokenizer(["hello hello"] * 9, 262).save_pretrained(other)
+    given = [f"output_dir={home}", "run=debug", f"models=[sft,{other}]", "rewards.rm={kind: model, init_from: sft}"]
+    with pytest.raises(SystemExit, match="2"):
+        run(read_config(EvaluateConfig, given))
+    said = capsys.readouterr().err
+    assert said.startswith(f"rewards.rm: the reward model {home}/debug/sft/model has another vocabulary than {other}, whose token ids it would read;")
 
 
 def test_answers_that_a_model_cannot_hold_are_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
