@@ -60,7 +60,10 @@ def run(config: PipelineConfig) -> None:
             fates[stage.name] = "complete before"
             continue
         console.rule(f"{stage.name} ({number} of {len(stages)})", align="left")
-        record.pop(stage.name, None)
+        for later in stages[number - 1 :]:  # which begin from what this one writes
+            record.pop(later.name, None)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(path, record)
         start = time.monotonic()
         code = call(stage.command)
         if code:

@@ -22,6 +22,7 @@ def training(tmp_path: Path) -> Training:
     training.config, training.tracker = config, Tracker(tmp_path, "ppo", resolved(config), config.logging, config.steps)
     training.ready = SimpleNamespace(checkpoints=Checkpoints(tmp_path / "checkpoint", keep=2))  # type: ignore[assignment]
     training.policy = training.critic = SimpleNamespace(save=lambda directory: Pending.done(None))  # type: ignore[assignment]
+    training.roles = []
     training.state, training._saved = TrainingState(7, prompts_drawn=7, epoch=1, num_tokens_generated=70, kl_coef=0.0), 6
     return training
 

@@ -41,6 +41,8 @@ def test_what_is_complete_is_skipped_until_its_configuration_changes(tmp_path: P
 
 
 def test_the_first_stage_that_fails_ends_it_with_its_own_sentence_and_code(tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "pipeline.json").write_text(json.dumps({"ppo": {"digest": "of what began from an earlier SFT", "seconds": 1.0}}))
     done = pipeline(tmp_path, "stages.sft.overrides=['files=[missing.jsonl]']")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     sentence, last = done.stderr.splitlines()
