@@ -14,6 +14,7 @@ import ray
 
 from actors.attempts import first_line
 from actors.group import Group, OutOfRestarts, R, RankHost, has_died
+from actors.parent import driver_restarts
 from actors.placement import Cluster, Place
 from actors.watchdog import START_SECONDS, place_of
 from minigpt_ray.config import GeneratorPlacement
@@ -121,9 +122,12 @@ class Pool(Group[R]):
         return self.restarts + self.joined + self.left
 
     def obey(self, requests: Requests, say: Callable[[str], object]) -> None:
-        """From now on do what is asked for from outside, and `say` what becomes of it. What was asked before is forgotten."""
-        requests.take()
+        """From now on do what is asked for from outside, and `say` what becomes of it. What was asked of an earlier job is forgotten, not what a dead driver of this one was asked."""
         self._asked, self._say = requests.take, say
+        if driver_restarts():
+            self._obey(requests.take_again())
+        else:
+            requests.forget()
 
     def resize(self, size: int) -> None:
         """Be so many workers, in time: those that are too many leave, the youngest first; those that are missing are started."""
@@ -241,7 +245,9 @@ class Pool(Group[R]):
         """See whether another size was asked for, and which nodes end."""
         self._looked = time.monotonic()
         self._leave_nodes()
-        asked = self._asked()
+        self._obey(self._asked())
+
+    def _obey(self, asked: int | None) -> None:
         if asked is None:
             return
         refused = refusal(asked, self.placement)

@@ -107,7 +107,18 @@ def _before_this(config: SupervisedConfig, job: str) -> str:
     return f"run python -m jobs.{job} run={config.run} output_dir={config.output_dir} first"
 
 
-MAY_DIFFER = (*MAY_DIFFER_ON_RESUME, "epochs", "tokens", "cpus_per_worker", "wait_seconds", "hang_after_s", "validation_every", "early_stopping")
+MAY_DIFFER = (
+    *MAY_DIFFER_ON_RESUME,
+    "epochs",
+    "tokens",
+    "cpus_per_worker",
+    "resources_per_worker",
+    "labels_per_worker",
+    "wait_seconds",
+    "hang_after_s",
+    "validation_every",
+    "early_stopping",
+)
 """Fields that a resumed run may change."""
 LENGTH = ("steps", "epochs", "tokens")
 

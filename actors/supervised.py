@@ -65,8 +65,15 @@ def fit(ready: Ready) -> Path:
     config, stage = ready.config, STAGES[ready.config.stage]
     cpus = config.num_workers * config.cpus_per_worker
     own = connect(None, cpus)
+    workers = RolePlacement(
+        ranks=config.num_workers,
+        cpus=config.cpus_per_worker,
+        gpus=config.gpus_per_worker,
+        resources=config.resources_per_worker,
+        labels=config.labels_per_worker,
+    )
     preflight(
-        {stage.name: RolePlacement(ranks=config.num_workers, cpus=config.cpus_per_worker, gpus=config.gpus_per_worker)},
+        {stage.name: workers},
         wait_seconds=config.wait_seconds,
         own=own,
         section="",
@@ -155,12 +162,17 @@ def _trainer(ready: Ready, stored: Mapping[str, Path], mailbox: Any) -> TorchTra
         work,
         train_loop_config={"ready_and_stored": pickle.dumps((ready, stored)), "mailbox": mailbox},
         torch_config=TorchConfig(timeout_s=int(collective_timeout(config.hang_after_s).total_seconds())),
-        scaling_config=ScalingConfig(
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]  # mypy reads the older API
             num_workers=config.num_workers,
             use_gpu=config.gpus_per_worker > 0,
-            resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})},
+            resources_per_worker={
+                "CPU": config.cpus_per_worker,
+                **({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {}),
+                **config.resources_per_worker,
+            },
+            label_selector=config.labels_per_worker or None,
         ),
-        run_config=RunConfig(  # type: ignore[call-arg]  # mypy reads the older API
+        run_config=RunConfig(  # type: ignore[call-arg]
             name=f"{time.time_ns():x}",
             storage_path=str(ready.directory / "ray_train"),
             failure_config=FailureConfig(max_failures=RESTARTS),

@@ -4,6 +4,7 @@ A request is a file in the stage's directory, so it can be made on any machine t
 """
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,23 +43,42 @@ class Requests:
         write_json_atomic(self.path, _Request(generator=workers).model_dump())
 
     @property
+    def taken_path(self) -> Path:
+        """The last request that was taken, for a driver that follows a dead one."""
+        return self.directory / ".scale.json.taken"
+
+    @property
     def is_taken(self) -> bool:
         return not self.path.exists()
 
     def take(self) -> int | None:
         """What was asked for since the last time, None for nothing. What cannot be read is said and ignored: the job goes on as it is."""
-        aside = self.path.with_name(".scale.json.taken")
         try:
-            self.path.replace(aside)  # first, so that a request that is made from now on is another one
-            taken = aside.read_bytes()
-            aside.unlink()
-            return _Request.model_validate_json(taken).generator
+            self.path.replace(self.taken_path)  # first, so that a request that is made from now on is another one
+            return self.taken()
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else 'it is not {"generator": N}'
             logger.warning("%s is ignored: %s; ask with python -m jobs.scale", self.path, reason)
             return None
+
+    def taken(self) -> int:
+        """What was taken last; raises OSError or ValueError where that cannot be read."""
+        return _Request.model_validate_json(self.taken_path.read_bytes()).generator
+
+    def take_again(self) -> int | None:
+        """What was asked for last, also of a driver that has died since."""
+        asked = self.take()
+        if asked is None and self.taken_path.exists():
+            with suppress(OSError, ValueError):
+                return self.taken()
+        return asked
+
+    def forget(self) -> None:
+        """Whatever was asked before was asked of another job."""
+        self.path.unlink(missing_ok=True)
+        self.taken_path.unlink(missing_ok=True)
 
 
 def refusal(workers: int, placement: GeneratorPlacement) -> str:

@@ -154,7 +154,11 @@ def console_line(step: int, total_steps: int, epochs: int, metrics: Row) -> str:
     place = f"({step}/{total_steps})"
     if "train/epoch" in metrics:
         epoch = max(1, math.ceil(metrics["train/epoch"]))
-        parts = [f"{label}:{form.format(metrics[name])}" for label, name, form in CONSOLE if name in metrics]
+        parts = [
+            f"{label}:{form.format(metrics[name])}"
+            for label, name, form in CONSOLE
+            if name in metrics and not (name == "train/mfu_percent" and math.isnan(metrics[name]))
+        ]
         return " ".join([f"Epoch:[{epoch}/{max(epoch, epochs)}]{place}", *parts])
     groups = {name.partition("/")[0] for name in metrics}
     parts = [f"{name.partition('/')[2] if len(groups) == 1 else name}:{value:.4f}" for name, value in metrics.items()]

@@ -55,7 +55,7 @@ def test_a_request_that_cannot_be_read_is_said_and_ignored(tmp_path: Path, conte
     with caplog.at_level(logging.WARNING):
         assert requests.take() is None and requests.take() is None
     assert caplog.messages == [f'{requests.path} is ignored: it is not {{"generator": N}}; ask with python -m jobs.scale']
-    assert not list(tmp_path.iterdir())
+    assert requests.is_taken
     requests.ask(4)
     assert requests.take() == 4
 

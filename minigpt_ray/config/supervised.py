@@ -63,6 +63,10 @@ class SupervisedConfig(TrainingConfig):
     """CPUs, and compute threads, of one worker."""
     gpus_per_worker: NonNegativeInt = 0
     """GPUs of one worker."""
+    resources_per_worker: dict[str, PositiveFloat] = {}
+    """Custom resources of one worker, as nodes were given them: `{learner: 1}`."""
+    labels_per_worker: dict[str, str] = {}
+    """Labels that a node must have to hold a worker, by Ray's selectors: `{role: learner}`."""
     wait_seconds: NonNegativeFloat = 10
     """How long the job waits for room, saying what is missing, before it is refused; where an autoscaler brings nodes, as long as these take."""
     hang_after_s: PositiveFloat = 3600

@@ -238,6 +238,24 @@ def test_what_was_asked_before_the_job_began_is_forgotten(elastic: Elastic) -> N
     assert elastic.generator.size == 1
 
 
+def test_what_a_dead_driver_was_asked_its_successor_remembers(elastic: Elastic, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = elastic.generator
+    monkeypatch.setattr(generator, "resize", lambda size: setattr(generator, "size", size))  # nobody need start for it
+    elastic.ask(3)
+    generator.advance()
+    generator.size = 1
+    monkeypatch.setenv(RESTARTS, "1")
+    generator.obey(elastic.requests, elastic.said.append)
+    assert generator.size == 3
+    elastic.requests.ask(2)  # while there was no driver
+    generator.obey(elastic.requests, elastic.said.append)
+    assert generator.size == 2
+    monkeypatch.delenv(RESTARTS)
+    generator.size = 1
+    generator.obey(elastic.requests, elastic.said.append)
+    assert generator.size == 1 and not elastic.requests.taken_path.exists()
+
+
 def test_a_number_outside_the_bounds_is_refused_by_the_job_as_well(elastic: Elastic) -> None:
     elastic.ask(0)
     elastic.generator.advance()

@@ -37,7 +37,7 @@ LIFE = {
     "prepare_data": ("configs/data/spelling.yaml", *SMALL, "prompts.sources.spelling.count=60", "held_out=0.1"),
     "pretrain": ("configs/debug/pretrain.yaml", "steps=10", *TWO_HOSTS),
     "midtrain": ("configs/debug/midtrain.yaml", "steps=6"),
-    "sft": ("configs/debug/sft.yaml", "model={init_from: midtrain}", "steps=10", *TWO_HOSTS),
+    "sft": ("configs/debug/sft.yaml", "model={init_from: midtrain}", "steps=10", "labels_per_worker={role: learner}", *TWO_HOSTS),
     "generate_preferences": ("configs/debug/generate_preferences.yaml", "num_prompts=12"),
     "reward_model": ("configs/debug/reward_model.yaml", *PAIRS),
     "dpo": ("configs/debug/dpo.yaml", *PAIRS),
@@ -182,6 +182,7 @@ def test_a_host_with_learners_is_cut_off(alone: Finished, hosts: Hosts, home: Pa
     assert_same(run, alone)
 
 
+@pytest.mark.timeout(1000)
 def test_every_stage_of_a_pipeline_is_submitted_at_once(hosts: Hosts, home: Path) -> None:
     """Workers of pretrain and SFT are on two hosts."""
     stages = {name: {"files": [words[0]], "overrides": list(words[1:])} for name, words in LIFE.items()}

@@ -1,6 +1,7 @@
 """python -m jobs.sft as a user runs it: two workers, and what they leave behind; tests/jobs/test_midtrain.py interrupts such a run."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,3 +91,13 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_a_sentence(output
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and "while writing the checkpoint" in last and "make room, and go on with checkpoint.resume=auto" in last
     assert done.stderr.count("Error in training function") == 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_workers_that_no_node_may_hold_are_refused_with_what_is_there(output_dir):
+    (output_dir / "nowhere").mkdir()
+    (output_dir / "nowhere" / "prepare_data").symlink_to(output_dir / "r" / "prepare_data")
+    done = sft("run=nowhere", f"output_dir={output_dir}", "labels_per_worker={role: learner}", "wait_seconds=0")
+    assert done.returncode == 2 and "sft has room for 0 of 1 ranks on any node" in done.stderr
+    assert re.search(r"sft +1 x 1 CPU, 0 GPU, role=learner; room for 0", done.stderr)
