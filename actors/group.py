@@ -402,7 +402,7 @@ class Group(Generic[R]):
 def get_all(refs: Sequence[Any], limit: Limit | None = None) -> list[Any]:
     """Results in order. Raises as soon as one call fails: RayActorError when a process died, even if another rank was the first to notice.
 
-    limit: of the seconds from now, and of silence; calls that exceed it end as if their processes had died, since then they have.
+    limit: of the seconds from now, and of silence; calls that exceed it end as if their processes had died, since then they have, or exceed it again.
     """
     waiting = list(refs)
     end = math.inf if limit is None else time.monotonic() + limit.seconds
@@ -413,13 +413,12 @@ def get_all(refs: Sequence[Any], limit: Limit | None = None) -> list[Any]:
         if not done:
             assert limit is not None
             late = [index for index, ref in enumerate(refs) if ref in waiting]
-            if end <= look:
-                end = look = math.inf
-            else:
-                late = limit.silent(late)
-                look = time.monotonic() + limit.look_after
+            is_over = end <= look
+            late = late if is_over else limit.silent(late)
             if late:
                 limit.exceeded(late)
+            end = time.monotonic() + limit.seconds if is_over else end
+            look = time.monotonic() + limit.look_after
             continue
         try:
             ray.get(done)

@@ -91,6 +91,8 @@ def end_hung(hosts: Mapping[str, Any], method: str, seconds: float, runtime_env:
         del found[name]
     places = {name: Whereabouts(actor["Address"]["NodeID"], actor["Address"]["IPAddress"], actor["Pid"]) for name, actor in found.items()}
     end_hung_processes(places, method, seconds, runtime_env)
+    for name in places:
+        ray.kill(hosts[name])  # also when its host is gone, or its process ends by no signal: for Ray it is dead, and its calls fail
 
 
 def end_hung_processes(places: Mapping[str, Whereabouts], method: str, seconds: float, runtime_env: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from ray import cloudpickle
 
-from actors.group import Group, Pending, Rank, RoleLost, Shared, by_reference, covered_seconds, gather
+from actors import watchdog
+from actors.group import Group, Pending, Rank, RoleLost, Shared, by_reference, covered_seconds, gather, get_all
 from actors.placement import Cluster
-from actors.watchdog import START_SECONDS, collective_timeout
+from actors.watchdog import START_SECONDS, Limit, collective_timeout
 from minigpt_ray.config import PlacementConfig, RolePlacement
 from minigpt_ray.timeline import Span
 
@@ -163,6 +164,42 @@ def test_a_call_that_hangs_is_said_with_its_stack_and_its_process_counts_as_dead
             and ", stopped) has been in Adder.hangs_once for 4 s" in message
             and "in hangs_once" in message
         )
+
+
+def reports_in_vain(pid: int) -> tuple[str, str]:
+    """What becomes of a process that waits for a disk that is gone: no signal ends it."""
+    return "disk-sleep", "in a state in which it answers no signal"
+
+
+@pytest.mark.ray
+def test_a_process_that_no_signal_ends_counts_as_dead_too(
+    ray_cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "examine_and_kill", reports_in_vain)
+    with Cluster(PlacementConfig(hang_after_s=4), {"adder": RolePlacement(ranks=2)}) as cluster:
+        group = Group(cluster, "adder", Adder, 10, restarts=1)
+        group.ready()
+        assert group.call(Adder.hangs_once, tmp_path / "memory").result() == [0, 1]
+        assert group.restarts == 1
+        (message,) = [record.getMessage() for record in caplog.records if record.name == "actors.watchdog"]
+        assert ", disk-sleep) has been in Adder.hangs_once for 4 s and counts as dead" in message
+
+
+@pytest.mark.ray
+def test_calls_that_do_not_end_exceed_their_limit_again(ray_cluster: None) -> None:
+    """As long as whoever is told has not ended them."""
+    sleeping = ray.remote(lambda: time.sleep(60)).remote()
+    told: list[float] = []
+
+    def exceeded(late: Sequence[int]) -> None:
+        told.append(time.monotonic())
+        if len(told) == 3:
+            ray.cancel(sleeping, force=True)
+
+    begin = time.monotonic()
+    with pytest.raises(ray.exceptions.RayError):
+        get_all([sleeping], Limit(0.5, exceeded))
+    assert len(told) >= 3 and told[2] - begin > 1.4
 
 
 class Unlucky:
