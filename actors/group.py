@@ -417,7 +417,7 @@ def get_all(refs: Sequence[Any], limit: Limit | None = None) -> list[Any]:
             late = late if is_over else limit.silent(late)
             if late:
                 limit.exceeded(late)
-            end = time.monotonic() + limit.seconds if is_over else end
+            end = time.monotonic() + max(limit.seconds, GRACE_SECONDS) if is_over else end
             look = time.monotonic() + limit.look_after
             continue
         try:
