@@ -82,7 +82,12 @@ class Generator(Pool[GeneratorWorker]):
         self._see_loads(another_comes=True)
         self._publication, self.version = publication, publication.version
         if self.placement.autoscale and not self._wishes and not self._coming and self.meter.seconds:
-            self.resize(self._autoscaler.wanted(self.size, self.meter.queue_depth, self.meter.idle_share))
+            depth, idle = self.meter.queue_depth, self.meter.idle_share
+            if (wanted := self._autoscaler.wanted(self.size, depth, idle)) != self.size:
+                self._say(
+                    f"the {self.role} goes from {self.size} to {wanted} workers: {depth:.1f} prompts waited, the workers were idle for {idle:.0%} of the time"
+                )
+            self.resize(wanted)
         self.advance()
         self._deliver()
 

@@ -40,12 +40,16 @@ BEAT_SECONDS = 1.0
 """Between two signs of life of a driver. A thread of its own gives them, so one that only waits is let be: whatever it waits for has a limit."""
 LEFTOVER_SECONDS = 5.0
 """How long processes that a driver leaves behind, those of a local Ray above all, may take to end by themselves."""
+FURTHER = b"+"
+"""A sign of life that says more than the usual one."""
+_pulse: int | None = None
+"""Where this process, if it is a driver, gives them."""
 ASKED = (signal.SIGTERM, signal.SIGINT)
 """Signals by which somebody asks a job to end."""
 
 
 def keep_running(train: Callable[[C], None], config: C) -> None:
-    """Exit as `train(config)` does in a process of its own, which is started anew at most checkpoint.driver_restarts times.
+    """Exit as `train(config)` does in a process of its own, which is started anew at most checkpoint.driver_restarts times without a new checkpoint.
 
     The exit code is 128 + n when signal n ended the last driver.
     """
@@ -53,19 +57,22 @@ def keep_running(train: Callable[[C], None], config: C) -> None:
     limit = config.checkpoint.driver_restarts
     patience = config.placement.hang_after_s if isinstance(config, PPOConfig) else config.hang_after_s
     again = cast(C, config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"resume": "auto"})}))
+    restarts = left = 0
     with parent.passing_on():
-        for restarts in range(limit + 1):
+        while True:
             pid = parent.start(partial(_drive, train, config if restarts == 0 else again, restarts))
             code = parent.wait(patience)
             parent.end_what_is_left()
+            left = limit if parent.got_further or restarts == 0 else left
             if parent.said_farewell() or parent.asked or -code in ASKED:
                 break
             died = f"the driver (process {pid}) {f'was killed by {signal.Signals(-code).name}' if code < 0 else f'lost Ray, or a role (code {code})'}"
-            if restarts == limit:
+            if left == 0:
                 print(f"{died}; checkpoint.driver_restarts={limit} are used up", file=sys.stderr, flush=True)
                 break
-            print(f"{died}; restart {restarts + 1} of {limit}, from the newest checkpoint", file=sys.stderr, flush=True)
-            parent.pause(min(2.0**restarts, LONGEST_PAUSE_SECONDS))
+            restarts, left = restarts + 1, left - 1
+            print(f"{died}; restart {limit - left} of {limit}, from the newest checkpoint", file=sys.stderr, flush=True)
+            parent.pause(min(2.0 ** (limit - left - 1), LONGEST_PAUSE_SECONDS))
             if parent.asked:
                 break
     raise SystemExit(code if code >= 0 else 128 - code)
@@ -74,6 +81,12 @@ def keep_running(train: Callable[[C], None], config: C) -> None:
 def driver_restarts() -> int:
     """How many drivers of this job died before this one."""
     return int(os.environ.get(RESTARTS, "0"))
+
+
+def got_further() -> None:
+    """Tell the parent, if there is one, that there is a new checkpoint: from here on as many drivers may die as before the first one did."""
+    if _pulse is not None:
+        os.write(_pulse, FURTHER)
 
 
 def _drive(train: Callable[[C], None], config: C, restarts: int) -> bool:
@@ -101,10 +114,16 @@ def _drive(train: Callable[[C], None], config: C, restarts: int) -> bool:
 
 
 def _live(pulse: int) -> None:
-    """Give signs of life, for ever."""
-    while True:
-        os.write(pulse, b".")
-        time.sleep(BEAT_SECONDS)
+    """Give signs of life, for ever, in a thread."""
+    global _pulse
+    _pulse = pulse
+
+    def beat() -> None:
+        while True:
+            os.write(pulse, b".")
+            time.sleep(BEAT_SECONDS)
+
+    threading.Thread(target=beat, daemon=True).start()
 
 
 class _Parent:
@@ -112,7 +131,7 @@ class _Parent:
 
     def __init__(self) -> None:
         adopt_orphans()
-        self.asked = False
+        self.asked = self.got_further = False
         self._driver: int | None = None
 
     def start(self, drive: Callable[[], bool]) -> int:
@@ -138,7 +157,7 @@ class _Parent:
                 os._exit(128 + signal.SIGKILL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKED)
             keep_stacks_at_hand()
-            threading.Thread(target=_live, args=(pulse,), daemon=True).start()
+            _live(pulse)
             try:
                 if not drive():
                     sys.stdout.flush()
@@ -158,9 +177,10 @@ class _Parent:
     def wait(self, patience: float) -> int:
         """Exit code of the driver, -n when signal n ended it. When it gives no sign of life for `patience` seconds, it is killed."""
         assert self._driver is not None
-        silent, seen = 0.0, time.monotonic()
+        silent, seen, self.got_further = 0.0, time.monotonic(), False
         while self._driver not in (ended := reap() or {}):
-            heard = select.select([self._pulse], [], [], BEAT_SECONDS)[0] and os.read(self._pulse, 1024)
+            heard = os.read(self._pulse, 1024) if select.select([self._pulse], [], [], BEAT_SECONDS)[0] else None
+            self.got_further |= FURTHER in (heard or b"")
             before, seen = seen, time.monotonic()
             silent = 0.0 if heard else silent + min(seen - before, 2 * BEAT_SECONDS)  # no longer: this process may have been stopped too
             if heard == b"":  # it is about to end: nobody holds the other end any more
@@ -170,6 +190,8 @@ class _Parent:
                 what = f"the driver (process {self._driver}, {state}) gave no sign of life for {patience:.0f} s and counts as dead; it was"
                 print(f"{what}\n{stacks}", file=sys.stderr, flush=True)
                 silent = 0.0
+        while select.select([self._pulse], [], [], 0)[0] and (heard := os.read(self._pulse, 1024)):  # its last words
+            self.got_further |= FURTHER in heard
         os.close(self._pulse)
         status, self._driver = ended[self._driver], None
         return os.waitstatus_to_exitcode(status)

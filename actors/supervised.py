@@ -28,7 +28,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 
 from actors.dataset import Sources, left_out, prepare_windows
 from actors.mailbox import Begun, Logged, Mailbox, Saving, Started, Stopped, work
-from actors.parent import driver_restarts
+from actors.parent import driver_restarts, got_further
 from actors.placement import connect, environment
 from actors.preflight import PlacementError, preflight
 from actors.prometheus import sinks
@@ -188,6 +188,7 @@ def _deliver(mailbox: Any, tracker: Tracker, hang_after_s: float) -> Stopped:
     When there is none for `hang_after_s`, while workers start at least for START_SECONDS, they hang and are ended.
     """
     done = begun = 0
+    saved = False
     workers: dict[str, Whereabouts] = {}
     patience = starting = max(hang_after_s, START_SECONDS)
     try:
@@ -207,6 +208,9 @@ def _deliver(mailbox: Any, tracker: Tracker, hang_after_s: float) -> Stopped:
                         tracker.log(message.step, row | ({"restarts/driver": driver_restarts()} if "train/epoch" in row else {}))
                 elif isinstance(message, Saving):
                     tracker.sync()
+                    if saved:  # the one before is complete
+                        got_further()
+                    saved = True
                 elif isinstance(message, Begun):
                     begun, patience = begun + 1, hang_after_s
                     if begun > 1:

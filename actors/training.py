@@ -11,7 +11,7 @@ from actors.attempts import RewardError
 from actors.critic import Critic
 from actors.generator import Generator
 from actors.group import Group, OutOfRestarts, RoleLost, covered_seconds, gather
-from actors.parent import driver_restarts
+from actors.parent import driver_restarts, got_further
 from actors.placement import peak_flops
 from actors.policy import Policy
 from actors.preparation import Preparation
@@ -164,6 +164,7 @@ class Training:
             self.tracker.sync()  # no checkpoint has steps of which metrics.jsonl does not know
             self.ready.checkpoints.commit(self.state.step)
         self._saved = self.state.step
+        got_further()
         self._rewinds_left = self.config.restart_limit
         for role in self.roles:
             role.refill()

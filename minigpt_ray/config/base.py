@@ -77,7 +77,7 @@ class CheckpointConfig(Config):
     resume: Literal["never", "auto"] = "never"
     """`auto` goes on from the newest complete checkpoint of this run and stage, or starts when there is none."""
     driver_restarts: NonNegativeInt = 3
-    """How often a driver that dies, by a signal or because Ray was lost below it, is started again with `resume: auto`; each death is said in a line and counted in `restarts/driver`."""
+    """How often, until a newer checkpoint is written, a driver that dies, by a signal or because Ray was lost below it, is started again with `resume: auto`; each death is said in a line and counted in `restarts/driver`."""
 
 
 class LoggingConfig(Config):

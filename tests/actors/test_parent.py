@@ -67,6 +67,13 @@ def test_a_driver_that_is_killed_is_started_again_with_resume_auto_and_its_paren
     ]
 
 
+def test_drivers_between_which_a_checkpoint_was_written_count_anew() -> None:
+    body = "from actors.parent import got_further\n    if driver_restarts() in (1, 2): got_further()\n    if driver_restarts() < 4: os.kill(os.getpid(), signal.SIGKILL)"
+    code, out, err = finish(body, limit=2)
+    assert code == 0 and len(drivers(out)) == 5
+    assert [line.split("; ")[1].split(",")[0] for line in err] == ["restart 1 of 2", "restart 1 of 2", "restart 1 of 2", "restart 2 of 2"]
+
+
 def test_a_driver_that_stands_still_is_said_with_its_stack_and_followed_by_another_and_one_that_waits_is_let_be() -> None:
     code, out, err = finish("if driver_restarts(): return\n    time.sleep(8); os.kill(os.getpid(), signal.SIGSTOP); time.sleep(60)")
     assert code == 0 and drivers(out) == [["0", "never"], ["1", "auto"]]

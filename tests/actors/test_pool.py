@@ -201,6 +201,10 @@ def test_a_pool_that_may_scale_itself_grows_with_the_queue_and_shrinks_when_it_i
 
     step(PROMPTS * 4)
     assert generator.size == 2
+    assert any(
+        re.fullmatch(r"the generator goes from 1 to 2 workers: [\d.]+ prompts waited, the workers were idle for \d+% of the time", said)
+        for said in elastic.said
+    )
     generator.ready()
     for _ in range(PATIENCE + 2):  # in the first of them the second worker has yet to load the weights
         step(PROMPTS[:1])
