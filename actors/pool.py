@@ -31,7 +31,7 @@ ROOM_SECONDS = 10.0
 """How long the cluster may take to make room before this is said; it goes on trying, since nodes may be on their way."""
 SAY_AGAIN_SECONDS = 60.0
 """Between two times that this is said while there is no worker at all."""
-INCIDENT_SECONDS = 60.0
+INCIDENT_SECONDS = 5.0
 """Workers of one node that die within these are one incident."""
 
 

@@ -27,10 +27,9 @@ from jobs.status import main as status
 from minigpt_ray.checkpoint import Checkpoints, find_fault
 from minigpt_ray.config import PPOConfig
 from minigpt_ray.memory import per_process
-from minigpt_ray.models import export, load_scalar
 from minigpt_ray.report import write_report
 from minigpt_ray.rl.kl import next_kl_coef
-from minigpt_ray.tokenizer import encode_prompt, load_tokenizer, train_tokenizer
+from minigpt_ray.tokenizer import encode_prompt, load_tokenizer
 from minigpt_ray.tracking import read_metrics, read_samples
 from tests.jobs.runs import (
     CHECKOUT,
@@ -61,6 +60,9 @@ from pathlib import Path
 HOME = Path(__file__).parent
 
 
+def never(rollouts):
+    raise ValueError("always")
+
 def breaks(rollouts):
     """From step 3 on, until somebody mends it."""
     steps = (HOME / "critic_free/ppo/metrics.jsonl").read_text().count("train/epoch")
@@ -88,7 +90,7 @@ LINE = re.compile(
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output directory with runs that have been through prepare_data and SFT, and a user's reward function."""
     directory = tmp_path_factory.mktemp("home")
-    random_start(directory, "whole", "killed", "elastic", "critic_free", "out_of_policy", "out_of_reference", "other_words", "asked_late")
+    random_start(directory, "whole", "killed", "elastic", "critic_free", "out_of_policy", "out_of_reference", "never", "asked_late")
     (directory / "a_users_rewards.py").write_text(LOWER_CASE + REWARD)
     return directory
 
@@ -380,15 +382,12 @@ def test_a_role_that_dies_more_often_than_allowed_ends_the_job_with_a_sentence(h
 
 
 @pytest.mark.slow
-def test_a_reward_model_of_another_vocabulary_ends_the_job_with_a_sentence_before_the_first_step(home: Path) -> None:
-    model = home / "other_words" / "reward_model"
-    export(load_scalar(str(home / "other_words" / "sft" / "model"), "float32", seed=5), train_tokenizer(["hello hello"] * 9, 262), model)
-    options = ["run=other_words", f"rewards.rm={{kind: model, init_from: {model}}}", "generator.backend=transformers", ONE_PROCESS]
+def test_rewards_that_fail_at_the_first_evaluation_end_the_job_with_a_sentence(home: Path) -> None:
+    options = ["run=never", "rewards.letters.function=a_users_rewards:never", "generator.backend=transformers", ONE_PROCESS]
     done = subprocess.run(command(home, *options), cwd=CHECKOUT, env=environment(home), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == [
-        f"reward_model_0: the reward model {model} has another vocabulary than the policy {home}/other_words/sft/model; train one with the policy's tokenizer"
-    ]
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].endswith("ValueError: always; mend a_users_rewards:never, or raise rewards.letters.max_errors")
+    assert not any("train/epoch" in row for row in metrics_so_far(home / "never" / "ppo"))
 
 
 # ------------------------------------------------------------------------------------------ workers that come and go
