@@ -36,8 +36,8 @@ PAIRS = ("pairs_from=generate_preferences", "steps=6")
 LIFE = {
     "prepare_data": ("configs/data/spelling.yaml", *SMALL, "prompts.sources.spelling.count=60", "held_out=0.1"),
     "pretrain": ("configs/debug/pretrain.yaml", "steps=10", *TWO_HOSTS),
-    "midtrain": ("configs/debug/midtrain.yaml", "steps=6"),
-    "sft": ("configs/debug/sft.yaml", "model={init_from: midtrain}", "steps=10", "labels_per_worker={role: learner}", *TWO_HOSTS),
+    "midtrain": ("configs/debug/midtrain.yaml", "steps=6", "labels_per_worker={role: generator}"),
+    "sft": ("configs/debug/sft.yaml", "model={init_from: midtrain}", "steps=10", *TWO_HOSTS),
     "generate_preferences": ("configs/debug/generate_preferences.yaml", "num_prompts=12"),
     "reward_model": ("configs/debug/reward_model.yaml", *PAIRS),
     "dpo": ("configs/debug/dpo.yaml", *PAIRS),
