@@ -24,7 +24,7 @@ MANIFEST: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "rayjob.yaml").read
 
 
 class Fields(BaseModel):
-    """Fields of KubeRay's v1 types, in their own spelling; others are refused."""
+    """Fields of KubeRay's v1 types, in their own spelling; others are refused. Names, types and what must be there are those of the models that KubeRay generates from its CRD."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
