@@ -69,8 +69,9 @@ def run(config: PipelineConfig) -> None:
         if code:
             left = [later.name for later in stages[number:]]
             then = f"; not begun: {', '.join(left)}" if left else ""
+            mended = "once that is mended, " if code == 2 else ""  # a refusal, which would come again
             first = "" if stage.goes_on else f"with checkpoint.resume=auto in stages.{stage.name} "
-            print(f"{stage.name} ended with code {code}{then}; {first}the same command goes on from here", file=sys.stderr)
+            print(f"{stage.name} ended with code {code}{then}; {mended}{first}the same command goes on from here", file=sys.stderr)
             raise SystemExit(code)
         fates[stage.name] = "ran"
         record[stage.name] = {"digest": stage.digest, "seconds": round(time.monotonic() - start, 1)}

@@ -37,7 +37,9 @@ def test_what_is_complete_is_skipped_until_its_configuration_changes(tmp_path: P
     assert "prepare_data │ complete before" in second.stdout and "(1 of 1)" not in second.stdout
     third = pipeline(tmp_path, "only=[prepare_data]", "stages.prepare_data.overrides=[demonstrations=31,prompts=40,held_out=10]")
     assert third.returncode == 2
-    assert "demonstrations: 30 then, 31 now" in third.stderr and third.stderr.endswith("prepare_data ended with code 2; the same command goes on from here\n")
+    assert "demonstrations: 30 then, 31 now" in third.stderr and third.stderr.endswith(
+        "prepare_data ended with code 2; once that is mended, the same command goes on from here\n"
+    )
 
 
 def test_the_first_stage_that_fails_ends_it_with_its_own_sentence_and_code(tmp_path: Path) -> None:
@@ -47,7 +49,7 @@ def test_the_first_stage_that_fails_ends_it_with_its_own_sentence_and_code(tmp_p
     assert done.returncode == 2 and "Traceback" not in done.stderr
     sentence, last = done.stderr.splitlines()
     assert "no data file" in sentence and "missing.jsonl" in sentence
-    assert last == "sft ended with code 2; not begun: ppo, evaluate; the same command goes on from here"
+    assert last == "sft ended with code 2; not begun: ppo, evaluate; once that is mended, the same command goes on from here"
     assert json.loads((tmp_path / "r" / "pipeline.json").read_text()).keys() == {"prepare_data"}
 
 
@@ -78,7 +80,7 @@ def test_a_stage_goes_on_where_it_stopped_unless_it_says_otherwise(said: str, re
 def test_a_stage_that_may_not_go_on_is_said_to_need_it(tmp_path: Path) -> None:
     done = pipeline(tmp_path, "only=[sft]", "stages.sft={overrides: [checkpoint.resume=never]}")
     assert done.returncode == 2
-    assert done.stderr.endswith("sft ended with code 2; with checkpoint.resume=auto in stages.sft the same command goes on from here\n")
+    assert done.stderr.endswith("sft ended with code 2; once that is mended, with checkpoint.resume=auto in stages.sft the same command goes on from here\n")
 
 
 def test_the_data_may_be_a_mix_of_sources() -> None:
