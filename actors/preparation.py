@@ -99,13 +99,16 @@ class Preparation:
 
     def _check_models(self) -> None:
         """Every model can read the longest prompt with the longest response, and a reward model the policy's token ids."""
+        check_context(self._models(), self._prompt_lengths, self._response_lengths)
+        check_vocabularies(self.config.rewards, self.config.run_dir, {"the policy": self.tokenizer})
+
+    def _models(self) -> dict[str, str]:
+        """What `from_pretrained` takes, of every role and reward source that has a model, by its section."""
         config = self.config
-        learners = {"policy": config.policy.init_from, "reference": config.reference.init_from}
+        roles = {"policy": config.policy.init_from, "reference": config.reference.init_from}
         if config.algorithm.uses_critic:
-            learners["critic"] = config.critic.init_from
-        models = {role: self._path(init_from) for role, init_from in learners.items()} | reward_models(config.rewards, config.run_dir)
-        check_context(models, self._prompt_lengths, self._response_lengths)
-        check_vocabularies(config.rewards, config.run_dir, {"the policy": self.tokenizer})
+            roles["critic"] = config.critic.init_from
+        return {role: self._path(init_from) for role, init_from in roles.items()} | reward_models(config.rewards, config.run_dir)
 
     @cached_property
     def shapes(self) -> PPOShapes:
@@ -124,12 +127,8 @@ class Preparation:
 
     def _inputs(self, files: Sequence[Path]) -> Inputs:
         """What a run begins from; evaluation may have other prompts when it goes on."""
-        config = self.config
-        named = {"critic.init_from": config.critic.init_from} if config.algorithm.uses_critic else {}
-        named |= {"reference.init_from": config.reference.init_from}
-        named |= {f"rewards.{name}.init_from": source.init_from for name, source in config.rewards.items() if isinstance(source, ModelReward)}
-        others = {name: resolve_model(init_from, config.run_dir) for name, init_from in named.items() if init_from != "policy"}
-        return Inputs.of({"policy.init_from": self.policy_path, **others}, files)
+        found = self._models()
+        return Inputs.of({f"{name}.init_from": path for name, path in found.items() if name == "policy" or path != self.policy_path}, files)
 
     def tracker(self) -> Tracker:
         """Opens the run's files, cut back to the checkpoint that the run goes on from."""
