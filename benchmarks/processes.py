@@ -31,6 +31,8 @@ class Watched:
     """At that moment."""
     foreign_cores: float
     """Cores that programs other than this one and its watcher kept busy meanwhile, on average."""
+    cpu_seconds: float
+    """CPU time of its processes. It is less noisy than `seconds` where the program waits for cores."""
 
 
 def watch(command: Sequence[str], environment: Mapping[str, str], log: Path, rows: Path, is_row: str, every: float = 0.5, memory: bool = True) -> Watched:
@@ -48,7 +50,7 @@ def watch(command: Sequence[str], environment: Mapping[str, str], log: Path, row
             tree = _tree(program.pid)
             held = sum(_pss(process) for process in tree) / 2**30 if memory else 0.0
             peak, processes = max((peak, processes), (held, len(tree)))
-            seconds |= {process.pid: used for process in tree if (used := _cpu_seconds(process)) > 0}
+            seconds |= {process.pid: spent for process in tree if (spent := _cpu_seconds(process)) > 0}
             if not first_row and rows.is_file() and is_row in rows.read_text():
                 first_row = time.perf_counter() - start
             with suppress(subprocess.TimeoutExpired):
@@ -56,8 +58,9 @@ def watch(command: Sequence[str], environment: Mapping[str, str], log: Path, row
     wall = time.perf_counter() - start
     if program.returncode:
         raise BenchmarkError(f"`{' '.join(command)}` ended with code {program.returncode}; its output is in {log}")
-    foreign = _machine_seconds() - time.process_time() - others - sum(seconds.values())
-    return Watched(wall, first_row, peak, processes, max(0.0, foreign) / wall)
+    used = sum(seconds.values())
+    foreign = _machine_seconds() - time.process_time() - others - used
+    return Watched(wall, first_row, peak, processes, max(0.0, foreign) / wall, used)
 
 
 def _tree(pid: int) -> list[psutil.Process]:

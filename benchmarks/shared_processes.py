@@ -1,13 +1,16 @@
 """PPO in debug mode with its roles in processes of their own, and with all but the generator in one: start, time, memory.
 
-    .venv/bin/python -m benchmarks.shared_processes        a minute on two quiet cores
+    .venv/bin/python -m benchmarks.shared_processes        four minutes on two quiet cores
 
-Prints what each takes, and what part of the first the second is. Also what each role's process was estimated to hold before
-it started, beside what it held. Logs are kept below outputs/bench.
+Prints what each takes, median of the rounds, and what part of the first the second is. Also what each role's process was
+estimated to hold before it started, beside what it held. Logs are kept below outputs/bench.
 """
 
+import argparse
 import shutil
+import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -41,25 +44,40 @@ def debug_ppo(run: str, *overrides: str) -> Watched:
     """PPO in debug mode from such a start."""
     directory = debug_start(run)
     command = [sys.executable, "-m", "jobs.ppo", "configs/debug/ppo.yaml", f"run={run}", f"output_dir={OUTPUT}", *overrides]
-    return watch(command, {}, OUTPUT / f"{run}-ppo.log", directory / "ppo" / "metrics.jsonl", IS_STEP)
+    return watch(command, {}, OUTPUT / f"{run}-ppo.log", directory / "ppo" / "metrics.jsonl", IS_STEP, every=0.25)
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.shared_processes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each form, in turns")
+    arguments = parser.parse_args()
     console = Console(width=110)
-    apart, together = debug_ppo("apart"), debug_ppo("together", SHARED)
-    table = Table(title="PPO in debug mode, four steps", title_justify="left")
-    for header in ("", "apart", "together", "together / apart"):
+    apart: list[Watched] = []
+    together: list[Watched] = []
+    for number in range(1, arguments.rounds + 1):
+        console.print(f"round {number} of {arguments.rounds}", highlight=False)
+        apart.append(debug_ppo("apart"))
+        together.append(debug_ppo("together", SHARED))
+    console.print(comparison(apart, together), _estimates(OUTPUT / "apart" / "ppo"))
+
+
+def comparison(apart: Sequence[Watched], together: Sequence[Watched]) -> Table:
+    """Medians of the rounds, what part of the first the second is, and in which range that part lies round by round."""
+    table = Table(title=f"PPO in debug mode, four steps, median of {len(apart)} rounds", title_justify="left")
+    for header in ("", "apart", "together", "together / apart", "in a round"):
         table.add_column(header, justify="right" if header else "left")
-    for name, unit, mine, theirs in (
-        ("to the first step's end", "s", apart.first_row, together.first_row),
-        ("the whole job", "s", apart.seconds, together.seconds),
-        ("peak PSS", "GiB", apart.peak_pss_gib, together.peak_pss_gib),
-        ("processes", "", apart.processes, together.processes),
-        ("others' cores", "", apart.foreign_cores, together.foreign_cores),
+    for name, measured in (
+        ("to the first step's end, s", lambda run: run.first_row),
+        ("the whole job, s", lambda run: run.seconds),
+        ("CPU time, s", lambda run: run.cpu_seconds),
+        ("peak PSS, GiB", lambda run: run.peak_pss_gib),
+        ("processes", lambda run: run.processes),
     ):
-        ratio = f"{theirs / mine:.2f}" if name != "others' cores" else ""
-        table.add_row(f"{name}{unit and f', {unit}'}", f"{mine:.2f}", f"{theirs:.2f}", ratio)
-    console.print(table, _estimates(OUTPUT / "apart" / "ppo"))
+        mine, theirs = (statistics.median(map(measured, runs)) for runs in (apart, together))
+        parts = [measured(other) / measured(one) for one, other in zip(apart, together, strict=True)]
+        table.add_row(name, f"{mine:.2f}", f"{theirs:.2f}", f"{theirs / mine:.3f}", f"{min(parts):.2f} to {max(parts):.2f}")
+    table.add_row("others' cores, at most", *(f"{max(run.foreign_cores for run in runs):.2f}" for runs in (apart, together)))
+    return table
 
 
 def _estimates(directory: Path) -> Table:
