@@ -13,6 +13,19 @@ SLOW = 2.0
 """A worker is slow when it takes so many times as long for what it holds as another took for its own."""
 SLOW_SECONDS = 5.0
 """And at least so long: in less than this a second attempt gains nothing."""
+SUSPECT_DEATHS = 2
+"""Workers that died while they answered a prompt, before it is a suspect."""
+NARROWER = 8
+"""Suspects are answered together in groups that are so many times smaller than the one that died last, so few deaths find the guilty one."""
+
+
+class Death(NamedTuple):
+    """What the death of a worker tells about the prompts that it answered."""
+
+    fatal: int | None
+    """The position of the prompt of which it died."""
+    again: bool
+    """Each of them was with a worker that died before, so these deaths may well have one cause: a prompt."""
 
 
 class Orders(NamedTuple):
@@ -42,6 +55,10 @@ class Dispatch:
         self._since: dict[int, float] = {}
         self._took: dict[int, float] = {}
         """Worker -> seconds that it needed, the last time, until it held nothing any more."""
+        self._deaths: Counter[int] = Counter()
+        """Position -> workers that died while they answered it."""
+        self._together: dict[int, int] = {}
+        """Suspect -> with how many others, itself included, it may be answered."""
 
     @property
     def queue_depth(self) -> int:
@@ -72,8 +89,23 @@ class Dispatch:
                 self.take_back(worker)
         if free and not self._waiting:
             self._give_again(free, now)
-        while self._waiting and workers:
-            self._hold(min(workers, key=lambda worker: len(self._held.get(worker, ()))), self._waiting.popleft(), now)
+        for position in [self._waiting.popleft() for _ in range(len(self._waiting))]:
+            able = [worker for worker in workers if self._may_hold(worker, position)] if self._together else workers
+            if able:
+                self._hold(min(able, key=lambda worker: len(self._held.get(worker, ()))), position, now)
+            else:
+                self._waiting.append(position)
+
+    def _may_hold(self, worker: int, position: int) -> bool:
+        """Whether a worker may be given a prompt beside those that it holds: suspects stay among themselves, and few."""
+        held = self._held.get(worker, {})
+        at_most = [self._together.get(one, 0) for one in (*held, position)]
+        return not held or not any(at_most) or len(held) < min(at_most)
+
+    def leave_out(self, position: int) -> None:
+        """Nobody is to answer a prompt that nobody has been given yet."""
+        self.open.discard(position)
+        self._waiting.remove(position)
 
     def finish(self, worker: int, position: int, now: float) -> bool:
         """A worker has an answer; whether it is the first to this prompt."""
@@ -89,13 +121,20 @@ class Dispatch:
                     self._took[other] = now - self._since[other]
         return True
 
-    def lost(self, worker: int) -> None:
-        """A worker is gone; what it held waits again, before all else."""
-        self._orders.pop(worker, None)
+    def lost(self, worker: int) -> Death:
+        """A worker died; what it held waits again, before all else, but for a prompt of which it died: one that it held alone, as the last of several."""
+        untold = set(self._orders.pop(worker, Orders([], [])).new)
         self._took.pop(worker, None)
         held = self._held.pop(worker, {})
+        begun = [position for position in held if position not in untold][: self.capacity]
+        again = bool(begun) and all(self._deaths[position] for position in begun)
+        self._deaths.update(begun)
+        suspects = [position for position in begun if self._deaths[position] >= SUSPECT_DEATHS]
+        fatal = begun[0] if len(begun) == 1 and self._deaths[begun[0]] > SUSPECT_DEATHS else None
+        self._together.update({position: max(1, len(begun) // NARROWER) for position in suspects})
         elsewhere = {position for others in self._held.values() for position in others}
-        self._waiting.extendleft(reversed([position for position in held if position not in elsewhere]))
+        self._waiting.extendleft(reversed([position for position in held if position not in elsewhere and position != fatal]))
+        return Death(fatal, again)
 
     def take_back(self, worker: int) -> None:
         """What a worker holds beyond its capacity waits again."""
@@ -127,6 +166,6 @@ class Dispatch:
         limit = max(SLOW_SECONDS, SLOW * max(took, default=math.inf))
         slow = [worker for worker, held in self._held.items() if held and now - self._since[worker] > limit]
         holders = Counter(position for held in self._held.values() for position in held) if slow else Counter[int]()
-        alone = [position for worker in slow for position in self._held[worker] if holders[position] == 1]
+        alone = [position for worker in slow for position in self._held[worker] if holders[position] == 1 and position not in self._together]
         for place, position in enumerate(alone):
             self._hold(free[place % len(free)], position, now)

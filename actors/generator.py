@@ -9,7 +9,7 @@ import numpy as np
 import ray
 
 from actors.dispatch import SLOW, SLOW_SECONDS, Dispatch
-from actors.generator_worker import Answer, GeneratorWorker, Order, Received, Request, sampling_seed
+from actors.generator_worker import Answer, Completion, GeneratorWorker, Order, Received, Request, sampling_seed
 from actors.group import RoleLost, Timed, by_reference, get_all, has_died
 from actors.placement import Cluster
 from actors.pool import POLL_SECONDS, Pool, Worker
@@ -23,6 +23,18 @@ from minigpt_ray.timeline import Mark
 
 CALLS_AHEAD = 2
 """Calls that a worker has at a time, so that it need not wait for the driver between two of them."""
+EXCERPT = 80
+"""Characters of a prompt that name it."""
+
+
+class FatalPrompts(RuntimeError):
+    """Generator workers die of more prompts than may be given up."""
+
+    def __init__(self, named: str, limit: int) -> None:
+        super().__init__(
+            f"{named}; that is one more than generator.fatal_prompt_limit={limit} allows between two checkpoints: the cause stands in the workers' logs; "
+            "take such prompts out of the data, or raise the limit, and go on with checkpoint.resume=auto"
+        )
 
 
 @dataclass
@@ -71,6 +83,8 @@ class Generator(Pool[GeneratorWorker]):
         self.meter = Meter()
         self._loading: dict[Any, Worker] = {}
         self._orders = 0
+        self._given_up: set[bytes] = set()
+        self._fatal_prompts_left = config.fatal_prompt_limit
         options = (config, max_model_len, tensor_parallel, seed, probe_tolerance)
         super().__init__(cluster, "generator", GeneratorWorker, path, *options, restarts=config.restart_limit)
         self._autoscaler = Autoscaler(self.placement)
@@ -248,8 +262,8 @@ class Generator(Pool[GeneratorWorker]):
         """The same in chunks of so many consecutive prompts, each as soon as it is whole, while the rest still generates.
 
         Which prompts make a chunk depends on nothing but their order. Workers may join, leave or die meanwhile; one that
-        dies is replaced, up to generator.restart_limit times in a run, and what it had not finished is generated again,
-        with the same tokens. With generator.sleep_between_phases workers sleep afterwards, and load the current
+        dies is replaced, up to generator.restart_limit times between two checkpoints, and what it had not finished is generated
+        again, with the same tokens. A prompt of which workers die, again and again, gets rollouts without tokens that are not valid. With generator.sleep_between_phases workers sleep afterwards, and load the current
         publication again if they are asked for more before the next one.
         """
         if self._asleep and self._publication is not None:
@@ -257,7 +271,8 @@ class Generator(Pool[GeneratorWorker]):
         self.advance(look=True)  # what was asked between two steps counts for the next one
         finished: dict[int, list[Rollout]] = {}
         for position, answers in Generation(self, prompts, sampling, chunk).answers():
-            finished[position] = [_rollout(prompts[position], sample, answer, self.version) for sample, answer in enumerate(answers)]
+            found: Sequence[Answer | None] = answers or [None] * sampling.n
+            finished[position] = [_rollout(prompts[position], sample, answer, self.version) for sample, answer in enumerate(found)]
             members = range(position - position % chunk, min(position - position % chunk + chunk, len(prompts)))
             if all(member in finished for member in members):
                 yield [rollout for member in members for rollout in finished[member]]
@@ -272,6 +287,26 @@ class Generator(Pool[GeneratorWorker]):
         first, self._orders = self._orders, self._orders + len(prompts)
         seeds = [[sampling_seed(self._seed, prompt.serial, sample) for sample in range(sampling.n)] for prompt in prompts]
         return [Order(first + place, tuple(Request(prompt.token_ids, seed) for seed in seeds[place])) for place, prompt in enumerate(prompts)]
+
+    def give_up(self, prompt: Prompt) -> None:
+        """Ask nobody for an answer any more, since workers die of it; raises FatalPrompts after generator.fatal_prompt_limit between two checkpoints."""
+        self._given_up.add(prompt.token_ids.tobytes())
+        begin = str(prompt.messages[-1]["content"])[:EXCERPT]
+        named = f"generator workers die of a prompt of {prompt.source}, {len(prompt.token_ids)} tokens, that begins with {begin!r}"
+        if self._fatal_prompts_left == 0:
+            raise FatalPrompts(named, self._config.fatal_prompt_limit)
+        self._fatal_prompts_left -= 1
+        self._say(
+            f"{named}; it gets no answers from now on, and nothing is learnt from it ({self._fatal_prompts_left} more may be given up until the next checkpoint)"
+        )
+
+    def is_given_up(self, prompt: Prompt) -> bool:
+        """Whether workers died of the same tokens, since this driver began."""
+        return bool(self._given_up) and prompt.token_ids.tobytes() in self._given_up
+
+    def refill(self) -> None:
+        super().refill()
+        self._fatal_prompts_left = self._config.fatal_prompt_limit
 
     def capacity(self, sampling: SamplingConfig) -> int:
         """Prompts that a worker computes at a time."""
@@ -295,6 +330,7 @@ class Generator(Pool[GeneratorWorker]):
             "pool/generator/workers": float(self.meter.workers),
             "pool/generator/joined": float(self.joined),
             "pool/generator/left": float(self.left),
+            "pool/generator/fatal_prompts": float(len(self._given_up)),
             "pool/generator/idle_share": self.meter.idle_share,
             "pool/generator/queue_depth": self.meter.queue_depth,
         }
@@ -304,7 +340,7 @@ class Generation:
     """Some prompts on their way to their answers."""
 
     def __init__(self, generator: Generator, prompts: Sequence[Prompt], sampling: SamplingConfig, chunk: int) -> None:
-        self.generator, self.sampling = generator, sampling
+        self.generator, self.prompts, self.sampling = generator, prompts, sampling
         self.orders = generator.orders(prompts, sampling)
         # Chunk by chunk, so that the first can be scored early; within it the longest prompt first: nothing else is known of how long it takes.
         longest_first = sorted(range(len(prompts)), key=lambda place: (place // chunk, -len(prompts[place].token_ids)))
@@ -314,9 +350,12 @@ class Generation:
         """Worker -> seconds that it computed."""
 
     def answers(self) -> Iterator[tuple[int, list[Answer]]]:
-        """Position of a prompt and the answers to it, in the order in which they are complete."""
+        """Position of a prompt and the answers to it, in the order in which they are complete; none to a prompt of which workers die."""
         generator, now = self.generator, time.monotonic()
         try:
+            for position in [position for position in self.dispatch.open if generator.is_given_up(self.prompts[position])]:
+                self.dispatch.leave_out(position)
+                yield position, []
             while self.dispatch.open:
                 self._hand_out()
                 refs = [*self.calls, *generator.changing]
@@ -354,9 +393,8 @@ class Generation:
         try:
             timed: Timed = ray.get(call)
         except ray.exceptions.RayActorError as death:
-            self.dispatch.lost(worker.number)
             if worker in self.generator.workers:  # else it has left, or its other call has said so
-                self.generator.replace(worker, death)
+                yield from self._mourn(worker, death)
             return
         self.seconds[worker.number] = self.seconds.get(worker.number, 0.0) + timed.seconds
         worker.memory_bytes = timed.memory_bytes
@@ -369,6 +407,15 @@ class Generation:
             if self.dispatch.finish(worker.number, position, time.monotonic()):
                 yield position, answers
 
+    def _mourn(self, worker: Worker, death: Exception) -> Iterator[tuple[int, list[Answer]]]:
+        """A worker died; no answers to the prompt of which it did."""
+        fatal, again = self.dispatch.lost(worker.number)
+        self.generator.replace(worker, death, by_a_prompt=again)
+        if fatal is not None:
+            self.generator.give_up(self.prompts[fatal])
+            self.dispatch.finish(worker.number, fatal, time.monotonic())
+            yield fatal, []
+
     def _end(self) -> None:
         """Count, and have workers forget what they were asked for and is not needed."""
         numbers = [order.number for order in self.orders]
@@ -378,8 +425,9 @@ class Generation:
         self.generator.usage.memory_bytes = sum(worker.memory_bytes for worker in self.generator.workers)
 
 
-def _rollout(prompt: Prompt, sample: int, answer: Answer, version: int) -> Rollout:
-    completion = answer.completion
+def _rollout(prompt: Prompt, sample: int, answer: Answer | None, version: int) -> Rollout:
+    """None: the prompt was given up."""
+    completion = answer.completion if answer else Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), "failed")
     size = len(completion.token_ids)
     return Rollout(
         prompt=prompt,
@@ -388,6 +436,7 @@ def _rollout(prompt: Prompt, sample: int, answer: Answer, version: int) -> Rollo
         model_mask=np.ones(size, bool),
         logprobs=completion.logprobs,
         weight_versions=np.full(size, version, np.int32),
-        text=answer.text,
+        text=answer.text if answer else "",
         finish_reason=completion.finish_reason,
+        valid=answer is not None,
     )

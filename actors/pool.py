@@ -169,24 +169,25 @@ class Pool(Group[R]):
         self.marks.append(Mark(f"{self.role} worker {worker.number} left", time.time()))
         self._say(f"a {self.role} worker has left; workers now: {len(self.workers)}")
 
-    def replace(self, worker: Worker, death: Exception) -> None:
+    def replace(self, worker: Worker, death: Exception, by_a_prompt: bool = False) -> None:
         """Start another worker for a dead one: in its place, or, when its node is gone, where the cluster makes room.
 
-        Those that died with one node cost one restart together. When none is left, the job goes on with the others.
+        Those that died with one node cost one restart together, one that a prompt killed none. When none is left, the job
+        goes on with the others.
         """
         if worker.leaving or worker.draining:  # nobody is to take its place, or somebody is on the way already
             self._leave(worker)
             return
         died, node = f"{self._name(worker)} ({place_of(worker.host)}) died", worker.node or self.cluster.node_of(worker.host)
         is_gone = self.cluster.is_gone(node)
-        if not self._is_one_incident(worker, node, is_gone):
+        if not by_a_prompt and not self._is_one_incident(worker, node, is_gone):
             if self._restarts_left == 0:
                 self._do_without(worker, died, death)
                 return
             self._restarts_left -= 1
             self._incident = node, time.monotonic()
         self.mark_restart()
-        logger.warning("%s; a new one takes its place, and the others its prompts", died)
+        logger.warning("%s%s; a new one takes its place, and the others its prompts", died, ", with prompts with which another one died" if by_a_prompt else "")
         if is_gone:
             self._end(worker)
             self._wish(newcomer=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from actors.attempts import RewardError
 from actors.critic import Critic
-from actors.generator import Generator
+from actors.generator import FatalPrompts, Generator
 from actors.group import Group, OutOfRestarts, RoleLost, covered_seconds, gather
 from actors.parent import driver_restarts, got_further
 from actors.placement import peak_flops
@@ -26,7 +26,7 @@ from minigpt_ray.rl.experience import RolloutBatch, TrainingState
 from minigpt_ray.scaling import Requests
 from minigpt_ray.tracking import Rates, Timer, Tracker, writing
 
-SENTENCES = (CheckpointError, DataError, ExportError, FloatingPointError, OutOfRestarts, RewardError, WeightsError)
+SENTENCES = (CheckpointError, DataError, ExportError, FatalPrompts, FloatingPointError, OutOfRestarts, RewardError, WeightsError)
 """What ends a run that has begun, and says in a sentence why."""
 
 

@@ -74,6 +74,8 @@ class GeneratorConfig(Config):
     """vLLM sleep mode after every generation, for a GPU that is shared; the weights are loaded again afterwards (GPU only)."""
     restart_limit: NonNegativeInt = 3
     """How often, between two checkpoints, dead workers are replaced, those that die with one node once together; after that the run goes on with the others, and stops when the last one dies."""
+    fatal_prompt_limit: NonNegativeInt = 3
+    """How many prompts of which workers die, again and again, are given up between two checkpoints; one more ends the run."""
 
 
 MEETING_SECONDS = 300.0

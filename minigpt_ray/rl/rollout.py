@@ -27,7 +27,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled response. A sample that was dropped keeps its row with valid=False."""
+    """One sampled response. A sample that the generator gave up keeps its row with valid=False."""
 
     prompt: Prompt
     sample: int
@@ -42,7 +42,7 @@ class Rollout:
     """int32 (response tokens,): the publication that each token was drawn from."""
     text: str
     finish_reason: str
-    """`stop`: the model ended; `length`: cut at the limit, a truncated response."""
+    """`stop`: the model ended; `length`: cut at the limit, a truncated response; `failed`: no engine survived the prompt, there are no tokens."""
     valid: bool = True
 
     @property

@@ -112,3 +112,68 @@ def test_every_prompt_is_answered_once_whatever_happens(seed: int) -> None:
                 if dispatch.finish(worker, position, now):
                     answered.append(position)
     assert sorted(answered) == list(range(50))
+
+
+def answer_all(dispatch: Dispatch, fatal: set[int], workers: int) -> tuple[list[int], list[int], int, int]:
+    """Engines that compute what they are told, all of a worker's at once, and die with fatal prompts among them: positions answered, given up, deaths, rounds."""
+    at_work: dict[int, list[int]] = {worker: [] for worker in range(workers)}
+    answered: list[int] = []
+    given_up: list[int] = []
+    deaths = rounds = 0
+    while dispatch.open:
+        rounds += 1
+        dispatch.balance(list(at_work), float(rounds))
+        for worker in list(at_work):
+            told = dispatch.orders(worker)
+            at_work[worker] = [position for position in at_work[worker] if position not in told.dropped] + told.new
+            begun = at_work[worker][: dispatch.capacity]
+            if fatal & set(begun):
+                del at_work[worker]
+                at_work[max(at_work, default=0) + 1 + worker] = []
+                deaths += 1
+                died_of = dispatch.lost(worker).fatal
+                if died_of is not None:
+                    given_up.append(died_of)
+                    dispatch.finish(worker, died_of, float(rounds))
+                continue
+            at_work[worker] = at_work[worker][dispatch.capacity :]
+            answered += [position for position in begun if dispatch.finish(worker, position, float(rounds))]
+        assert rounds < 1000
+    return answered, given_up, deaths, rounds
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("fatal", [{0}, {17}, {255}, {3, 200}, set(range(5))])
+def test_the_prompts_of_which_workers_die_are_found_with_few_deaths_and_all_others_are_answered(workers: int, fatal: set[int]) -> None:
+    answered, given_up, deaths, rounds = answer_all(Dispatch(range(256), capacity=256), fatal, workers)
+    assert set(given_up) == fatal and sorted(answered) == sorted(set(range(256)) - fatal)
+    assert len(answered) == len(set(answered))
+    assert deaths <= 5 * len(fatal) and rounds <= 40 * len(fatal)
+
+
+def test_prompts_that_were_with_one_death_alone_are_no_suspects() -> None:
+    dispatch = Dispatch(range(8), capacity=8)
+    dispatch.balance([1], now=0.0)
+    dispatch.orders(1)
+    assert dispatch.lost(1) == (None, False)
+    dispatch.balance([2], now=1.0)
+    assert dispatch.orders(2).new == list(range(8))
+    assert dispatch.lost(2) == (None, True)
+    dispatch.balance([3], now=2.0)
+    assert dispatch.orders(3).new == [0]
+
+
+def test_a_prompt_of_which_a_dead_worker_had_not_heard_or_that_it_had_not_begun_is_no_suspect() -> None:
+    dispatch = Dispatch([0, 1], capacity=1)
+    dispatch.balance([1], now=0.0)
+    for worker in (1, 2, 3):
+        assert dispatch.lost(worker).fatal is None  # before it was told anything
+        dispatch.balance([worker + 1], now=0.0)
+    dispatch.orders(4)
+    for worker in (4, 5):
+        assert dispatch.lost(worker).fatal is None
+        dispatch.balance([worker + 1], now=0.0)
+        dispatch.orders(worker + 1)
+    assert dispatch.lost(6) == (0, True) and dispatch.open == {0, 1}
+    dispatch.balance([7], now=0.0)
+    assert dispatch.orders(7).new == [1]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -21,8 +22,8 @@ from ray import cloudpickle
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LogitsProcessorList, MinPLogitsWarper, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
-from actors.generator import Generator
-from actors.generator_worker import Completion, GeneratorEngine, GeneratorWorker, Key, Order, Request, sampling_seed
+from actors.generator import FatalPrompts, Generator
+from actors.generator_worker import Answer, Completion, GeneratorEngine, GeneratorWorker, Key, Order, Request, sampling_seed
 from actors.group import OutOfRestarts, Rank
 from actors.placement import Cluster
 from actors.transformers_engine import filtered_logprobs
@@ -96,8 +97,9 @@ def model(nano: Path) -> PreTrainedModel:
 
 
 @pytest.fixture
-def mortal(ray_cluster: None, nano: Path) -> Iterator[Generator]:
-    """Two quickly started workers, which may be replaced twice; gone before the module's other workers need the name of the role."""
+def mortal(ray_cluster: None, nano: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Generator]:
+    """Two quickly started workers, which may be replaced twice, once for each death; gone before the module's other workers need the name of the role."""
+    monkeypatch.setattr("actors.pool.INCIDENT_SECONDS", 0.0)
     placement = PlacementConfig(generator=GeneratorPlacement(workers=2), hang_after_s=8)
     with Cluster(placement, {"generator": placement.generator}) as cluster:
         generator = Generator(cluster, str(nano), TRANSFORMERS, LIMIT, 1, seed=3, probe_tolerance=TOLERANCE)
@@ -198,6 +200,41 @@ def test_an_engine_that_fails_ends_its_process_and_one_that_answers_nothing_is_r
     while mortal.restarts == 1:
         assert tokens(mortal.generate(PROMPTS, SAMPLED)) == tokens(expected)
     assert re.search(rf"generator worker {number} \(process {wedged} on [\d.]+, \w+\) has been in GeneratorWorker\.work for 8 s", caplog.text)
+
+
+class DyingOf(GeneratorWorker):
+    """A worker that nothing survives of when it is asked for an answer to a prompt of FATAL."""
+
+    def work(self, orders: Sequence[Order], *rest: Any) -> list[tuple[int, list[Answer]]]:
+        if any(request.token_ids.tolist() in FATAL for order in orders for request in order.requests):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().work(orders, *rest)
+
+
+FATAL = [PROMPTS[4].token_ids.tolist(), [5, 6, 7]]
+
+
+def test_a_prompt_of_which_workers_die_is_given_up_and_costs_no_more_restarts_than_one_death_does(
+    ray_cluster: None, nano: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.generator.GeneratorWorker", DyingOf)
+    placement = PlacementConfig(generator=GeneratorPlacement(workers=2))
+    with Cluster(placement, {"generator": placement.generator}) as cluster:
+        generator = Generator(cluster, str(nano), TRANSFORMERS.model_copy(update={"restart_limit": 1, "fatal_prompt_limit": 1}), LIMIT, 1, seed=3)
+        generator.ready()
+        generator.use_checkpoint()
+        sane = [prompt for prompt in PROMPTS if prompt.serial != 4]
+        expected = generator.generate(sane, SAMPLED)
+        rollouts = generator.generate(PROMPTS, SAMPLED)
+        assert [r.prompt.serial for r in rollouts if not r.valid] == [4, 4] and {r.finish_reason for r in rollouts if not r.valid} == {"failed"}
+        assert tokens([r for r in rollouts if r.valid]) == tokens(expected)
+        assert "die of a prompt of source, 10 tokens, that begins with '?'; it gets no answers from now on" in caplog.text
+        assert len(RolloutBatch.of(rollouts)) == 24 and not RolloutBatch.of(rollouts).response_mask[8:10].any()
+        deaths = generator.restarts
+        assert 3 <= deaths <= 4 and generator.size == 2
+        assert tokens(generator.generate(PROMPTS, SAMPLED)) == tokens(rollouts) and generator.restarts == deaths  # nobody is asked again
+        with pytest.raises(FatalPrompts, match=r"begins with '\?'; that is one more than generator\.fatal_prompt_limit=1 allows between two checkpoints"):
+            generator.generate([replace(PROMPTS[0], token_ids=np.array([5, 6, 7], np.int32))], SAMPLED)
 
 
 # ------------------------------------------------------------------------------------------ two workers with vLLM
