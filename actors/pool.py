@@ -202,9 +202,9 @@ class Pool(Group[R]):
         return bool(node) and node == where and (is_gone or (worker.started < when and time.monotonic() - when < INCIDENT_SECONDS))
 
     def _do_without(self, worker: Worker, died: str, death: Exception) -> None:
-        """No restart is left; raises OutOfRestarts when no other worker is either."""
+        """No restart is left; raises OutOfRestarts when no other worker is either, and none is on its way."""
         limit = f"{self.role}.restart_limit"
-        if not any(other is not worker and not other.leaving for other in self.workers):
+        if not self._coming and not self._wishes and not any(other is not worker and not other.leaving for other in self.workers):
             raise OutOfRestarts(self.role, limit) from death
         self._end(worker)
         self.size -= 1
