@@ -4,15 +4,20 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from actors.generator import Generator
-from actors.group import gather
+from actors.attempts import RewardError
+from actors.generator import FatalPrompts, Generator
+from actors.group import OutOfRestarts, gather
 from actors.rewards import Rewards
+from actors.weights import WeightsError
 from minigpt_ray.config import EvaluationConfig, SamplingConfig
 from minigpt_ray.data.preferences import RIGHT, Answer, Answers
+from minigpt_ray.data.records import DataError
 from minigpt_ray.evaluation import Judged, evaluation_metrics
 from minigpt_ray.rl.experience import Prompt, Rollout, RolloutBatch
 from minigpt_ray.tracking import Timer, Tracker
 
+SENTENCES = (DataError, FatalPrompts, OutOfRestarts, RewardError, WeightsError)
+"""What ends a job that generates and judges answers, and says in a sentence why."""
 ANSWERS_KEPT = 20
 """Answers of one evaluation that go to samples.jsonl."""
 

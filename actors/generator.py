@@ -33,7 +33,7 @@ class FatalPrompts(RuntimeError):
     def __init__(self, named: str, limit: int) -> None:
         super().__init__(
             f"{named}; that is one more than generator.fatal_prompt_limit={limit} allows between two checkpoints: the cause stands in the workers' logs; "
-            "take such prompts out of the data, or raise the limit, and go on with checkpoint.resume=auto"
+            "take such prompts out of the data, or raise the limit; PPO goes on with checkpoint.resume=auto"
         )
 
 

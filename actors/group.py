@@ -233,7 +233,7 @@ class OutOfRestarts(RuntimeError):
     """Processes of a role died more often than they may be replaced."""
 
     def __init__(self, role: str, limit: str) -> None:
-        super().__init__(f"processes of {role} died more often than {limit} allows; see their logs for the cause, then go on with checkpoint.resume=auto")
+        super().__init__(f"processes of {role} died more often than {limit} allows; see their logs for the cause; PPO goes on with checkpoint.resume=auto")
 
 
 class Group(Generic[R]):

@@ -28,9 +28,9 @@ from typing import TypeVar, cast
 from actors.lineage import adopt_orphans, die_with_parent, reap
 from actors.stacks import examine_and_kill, keep_stacks_at_hand, kill_children
 from minigpt_ray.cli import one_sentence
-from minigpt_ray.config import PPOConfig, SupervisedConfig
+from minigpt_ray.config import EvaluateConfig, GeneratePreferencesConfig, PPOConfig, SupervisedConfig
 
-C = TypeVar("C", bound=PPOConfig | SupervisedConfig)
+C = TypeVar("C", bound=PPOConfig | SupervisedConfig | EvaluateConfig | GeneratePreferencesConfig)
 
 RESTARTS = "MINIGPT_RAY_DRIVER_RESTARTS"
 """Environment variable that tells a driver how many were before it."""
@@ -48,19 +48,18 @@ ASKED = (signal.SIGTERM, signal.SIGINT)
 """Signals by which somebody asks a job to end."""
 
 
-def keep_running(train: Callable[[C], None], config: C) -> None:
-    """Exit as `train(config)` does in a process of its own, which is started anew at most checkpoint.driver_restarts times without a new checkpoint.
+def keep_running(run: Callable[[C], None], config: C) -> None:
+    """Exit as `run(config)` does in a process of its own, which is started anew so often as the configuration says, without a new checkpoint.
 
     The exit code is 128 + n when signal n ended the last driver.
     """
     parent = _Parent()
-    limit = config.checkpoint.driver_restarts
-    patience = config.placement.hang_after_s if isinstance(config, PPOConfig) else config.hang_after_s
-    again = cast(C, config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"resume": "auto"})}))
+    name, limit, again, begins = _rules(config)
+    patience = config.hang_after_s if isinstance(config, SupervisedConfig) else config.placement.hang_after_s
     restarts = left = 0
     with parent.passing_on():
         while True:
-            pid = parent.start(partial(_drive, train, config if restarts == 0 else again, restarts))
+            pid = parent.start(partial(_drive, run, config if restarts == 0 else again, restarts))
             code = parent.wait(patience)
             parent.end_what_is_left()
             left = limit if parent.got_further or restarts == 0 else left
@@ -68,14 +67,24 @@ def keep_running(train: Callable[[C], None], config: C) -> None:
                 break
             died = f"the driver (process {pid}) {f'was killed by {signal.Signals(-code).name}' if code < 0 else f'lost Ray, or a role (code {code})'}"
             if left == 0:
-                print(f"{died}; checkpoint.driver_restarts={limit} are used up", file=sys.stderr, flush=True)
+                print(f"{died}; {name}={limit} are used up", file=sys.stderr, flush=True)
                 break
             restarts, left = restarts + 1, left - 1
-            print(f"{died}; restart {limit - left} of {limit}, from the newest checkpoint", file=sys.stderr, flush=True)
+            print(f"{died}; restart {limit - left} of {limit}, {begins}", file=sys.stderr, flush=True)
             parent.pause(min(2.0 ** (limit - left - 1), LONGEST_PAUSE_SECONDS))
             if parent.asked:
                 break
     raise SystemExit(code if code >= 0 else 128 - code)
+
+
+def _rules(config: C) -> tuple[str, int, C, str]:
+    """How often a job's driver may die, the name of that setting first; with which configuration the next one begins, and where, in words."""
+    if isinstance(config, EvaluateConfig):
+        return "restart_limit", config.restart_limit, config, "from the beginning"
+    if isinstance(config, GeneratePreferencesConfig):
+        return "restart_limit", config.restart_limit, config, "with the prompts that are left"
+    again = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"resume": "auto"})})
+    return "checkpoint.driver_restarts", config.checkpoint.driver_restarts, cast(C, again), "from the newest checkpoint"
 
 
 def driver_restarts() -> int:
@@ -89,7 +98,7 @@ def got_further() -> None:
         os.write(_pulse, FURTHER)
 
 
-def _drive(train: Callable[[C], None], config: C, restarts: int) -> bool:
+def _drive(run: Callable[[C], None], config: C, restarts: int) -> bool:
     """The life of a driver; False when Ray was lost, or a role outside of a step. Other exceptions are raised.
 
     That a file cannot be written, or is written by another driver too, is a sentence.
@@ -100,7 +109,7 @@ def _drive(train: Callable[[C], None], config: C, restarts: int) -> bool:
     os.environ[RESTARTS] = str(restarts)
     try:
         with one_sentence((CheckpointError, InUse)):
-            train(config)
+            run(config)
     except Exception as error:
         from ray.exceptions import RayError, RayTaskError
 

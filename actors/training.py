@@ -7,26 +7,24 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from actors.attempts import RewardError
+from actors import evaluation
 from actors.critic import Critic
-from actors.generator import FatalPrompts, Generator
+from actors.generator import Generator
 from actors.group import Group, OutOfRestarts, RoleLost, covered_seconds, gather
 from actors.parent import driver_restarts, got_further
 from actors.placement import peak_flops
 from actors.policy import Policy
 from actors.preparation import Preparation
-from actors.weights import WeightsError
 from minigpt_ray.checkpoint import CheckpointError, naming, write_json_atomic
 from minigpt_ray.cli import write_resolved
 from minigpt_ray.data.prompts import PromptStream
-from minigpt_ray.data.records import DataError
 from minigpt_ray.flops import ppo_step_flops
 from minigpt_ray.model_directory import ExportError
 from minigpt_ray.rl.experience import RolloutBatch, TrainingState
 from minigpt_ray.scaling import Requests
 from minigpt_ray.tracking import Rates, Timer, Tracker, writing
 
-SENTENCES = (CheckpointError, DataError, ExportError, FatalPrompts, FloatingPointError, OutOfRestarts, RewardError, WeightsError)
+SENTENCES = (*evaluation.SENTENCES, CheckpointError, ExportError, FloatingPointError)
 """What ends a run that has begun, and says in a sentence why."""
 
 

@@ -7,6 +7,7 @@ Each model generates with the same engine, sampling and seeds as in PPO's own ev
 <run_dir>/evaluate/results.json, every figure with the ends of its 95 % interval, and a report of the whole run, and prints a table.
 """
 
+from actors.parent import keep_running
 from minigpt_ray.cli import load_config, one_sentence
 from minigpt_ray.config import EvaluateConfig
 
@@ -31,22 +32,22 @@ def run(config: EvaluateConfig) -> None:
 
     from rich.console import Console
 
-    from actors.attempts import RewardError
-    from actors.evaluation import at_temperature_one, judge
+    from actors.evaluation import SENTENCES, at_temperature_one, judge
     from actors.generator import Generator
     from actors.placement import Cluster, PlacementError, roles_of_evaluation
     from actors.rewards import Rewards
     from minigpt_ray.checkpoint import write_json_atomic
     from minigpt_ray.cli import write_resolved
     from minigpt_ray.evaluation import Judged, figures, pass_figures, results_table, win_rate
+    from minigpt_ray.memory import per_process
     from minigpt_ray.report import write_report
 
     results: dict[str, dict[str, float]] = {}
     judged: dict[str, Judged] = {}
     console = Console()
     placement = config.placement
-    with one_sentence((PlacementError, RewardError)), Cluster(placement, roles_of_evaluation(placement, config.rewards)) as cluster:
-        rewards = Rewards(cluster, config.rewards, config.run_dir, next(iter(paths.values())))
+    with one_sentence((PlacementError, *SENTENCES)), Cluster(placement, roles_of_evaluation(placement, config.rewards), per_process(config)) as cluster:
+        rewards = Rewards(cluster, config.rewards, config.run_dir, next(iter(paths.values())), config.restart_limit)
         generator: Generator | None = None
         for number, (name, path) in enumerate(paths.items()):
             prompts = held_out[name]
@@ -76,4 +77,4 @@ def run(config: EvaluateConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(load_config(EvaluateConfig))
+    keep_running(run, load_config(EvaluateConfig))

@@ -7,6 +7,7 @@ written to <run>/generate_preferences: preferences.jsonl and held_out.jsonl, whi
 counts, complete or not at all.
 """
 
+from actors.parent import keep_running
 from minigpt_ray.cli import load_config, one_sentence
 from minigpt_ray.config import GeneratePreferencesConfig
 
@@ -40,22 +41,26 @@ def run(config: GeneratePreferencesConfig) -> None:
         check_context(readers, {"data": longest(prompts)}, {"sampling.max_tokens": config.sampling.max_tokens})
         right = load_right_answers(config.data, default, prompts, tokenizer) if config.right_answer else {}
 
-    from actors.attempts import RewardError
-    from actors.evaluation import judged_answers
+        left = file.left(prompts)
+        if len(left) < len(prompts):
+            console.print(f"{len(prompts) - len(left)} of {len(prompts)} prompts were answered before; the job goes on with the others", soft_wrap=True)
+
+    from actors.evaluation import SENTENCES, judged_answers
     from actors.generator import Generator
     from actors.placement import Cluster, roles_of_evaluation
     from actors.rewards import Rewards
+    from minigpt_ray.memory import per_process
 
     with one_sentence():
-        cluster = Cluster(config.placement, roles_of_evaluation(config.placement, config.rewards))
-    with cluster, one_sentence((RewardError,)), console.status("loading the model and the reward sources") as status:
+        cluster = Cluster(config.placement, roles_of_evaluation(config.placement, config.rewards), per_process(config))
+    with one_sentence(SENTENCES), cluster, console.status("loading the model and the reward sources") as status:
         room = longest(prompts) + config.sampling.max_tokens
         generator = Generator(cluster, path, config.generator, room, config.placement.generator.tensor_parallel, config.seed)
-        rewards = Rewards(cluster, config.rewards, config.run_dir, path)
+        rewards = Rewards(cluster, config.rewards, config.run_dir, path, config.restart_limit)
         for role in (*rewards.groups, generator):
             role.ready()
         generator.use_checkpoint()
-        for answers in judged_answers(generator, rewards, prompts, right, config.sampling, config.prompts_per_batch):
+        for answers in judged_answers(generator, rewards, left, right, config.sampling, config.prompts_per_batch):
             file.add(answers.prompt, *make_pairs(answers, config, tokenizer.all_special_tokens))
             status.update(f"{file.counts['prompts']} of {len(prompts)} prompts, {file.counts['pairs']} pairs")
     with one_sentence():
@@ -65,4 +70,4 @@ def run(config: GeneratePreferencesConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(load_config(GeneratePreferencesConfig))
+    keep_running(run, load_config(GeneratePreferencesConfig))

@@ -8,6 +8,7 @@ It is an estimate to plan by: of PPO's processes in debug mode it is within 15 %
 nor ray: the model is known by its config.json, and without one the answer is that it is unknown until the model exists.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -64,13 +65,13 @@ class RoleMemory:
         return sum(self.parts.values()) if self.parts else None
 
 
-def estimate(config: PPOConfig | EvaluateConfig | GeneratePreferencesConfig) -> list[RoleMemory]:
+Answering = EvaluateConfig | GeneratePreferencesConfig
+
+
+def estimate(config: PPOConfig | Answering) -> list[RoleMemory]:
     """All roles of a job that has a placement."""
     if not isinstance(config, PPOConfig):
-        asked = config.models if isinstance(config, EvaluateConfig) else (config.model,)
-        found = [shape for shape in (find_shape(model, config.run_dir) for model in asked) if shape is not None]
-        largest = max(found, key=ModelShape.num_parameters, default=None)
-        return [_generator(config, " ".join(asked), largest)]
+        return _estimate_of_answering(config)
     place, policy = config.placement, find_shape(config.policy.init_from, config.run_dir)
 
     def shape_of(init_from: str) -> ModelShape | None:
@@ -78,7 +79,6 @@ def estimate(config: PPOConfig | EvaluateConfig | GeneratePreferencesConfig) -> 
 
     longest = config.data.max_prompt_tokens + config.sampling.max_tokens
     updated, scored = config.algorithm.mini_batch_size * longest, config.score_chunk * config.sampling.n * longest
-    models = [source for source in config.rewards.values() if isinstance(source, ModelReward)]
     roles = [
         _generator(config, config.policy.init_from, policy),
         _learner("policy", place.policy, config.policy, policy, updated, scalar_head=False),
@@ -88,13 +88,31 @@ def estimate(config: PPOConfig | EvaluateConfig | GeneratePreferencesConfig) -> 
             else []
         ),
         _frozen("reference", place.reference, config.reference, shape_of(config.reference.init_from), scored, scalar_head=False),
-        *(_frozen(f"reward_model_{i}", place.reward_model, model, shape_of(model.init_from), scored, scalar_head=True) for i, model in enumerate(models)),
-        RoleMemory("rewards", RolePlacement(), None, {"process": PROCESS_GIB["rewards"]}),
+        *_reward_roles(config, shape_of, scored),
     ]
     return [role if place.home(role.name) == role.name else _in_processes_of(place.home(role.name), role) for role in roles]
 
 
-def per_process(config: PPOConfig) -> dict[str, float]:
+def _estimate_of_answering(config: Answering) -> list[RoleMemory]:
+    """The generator holds one of the models at a time, so the largest counts."""
+    asked = config.models if isinstance(config, EvaluateConfig) else (config.model,)
+    found = [shape for shape in (find_shape(model, config.run_dir) for model in asked) if shape is not None]
+    largest = max(found, key=ModelShape.num_parameters, default=None)
+    answers = config.sampling.n * (config.num_prompts if isinstance(config, EvaluateConfig) else config.prompts_per_batch)
+    scored = answers * (config.data.max_prompt_tokens + config.sampling.max_tokens)
+    return [_generator(config, " ".join(asked), largest), *_reward_roles(config, lambda init_from: find_shape(init_from, config.run_dir), scored)]
+
+
+def _reward_roles(config: PPOConfig | Answering, shape_of: Callable[[str], ModelShape | None], scored: int) -> list[RoleMemory]:
+    models = [source for source in config.rewards.values() if isinstance(source, ModelReward)]
+    place = config.placement.reward_model
+    return [
+        *(_frozen(f"reward_model_{i}", place, model, shape_of(model.init_from), scored, scalar_head=True) for i, model in enumerate(models)),
+        RoleMemory("rewards", RolePlacement(), None, {"process": PROCESS_GIB["rewards"]}),
+    ]
+
+
+def per_process(config: PPOConfig | Answering) -> dict[str, float]:
     """GiB of one process of each role that has some, on its GPU or, without one, in its host; without the roles of which one is unknown.
 
     Roles that share a process compute in turn, so their largest activations count. On a GPU the generator's cache does
@@ -102,7 +120,7 @@ def per_process(config: PPOConfig) -> dict[str, float]:
     """
     tenants: dict[str, list[RoleMemory]] = {}
     for role in estimate(config):
-        tenants.setdefault(config.placement.home(role.name), []).append(role)
+        tenants.setdefault(config.placement.home(role.name) if isinstance(config, PPOConfig) else role.name, []).append(role)
     found = {}
     for home, roles in tenants.items():
         if all(role.gib is not None for role in roles):
@@ -192,7 +210,7 @@ def _in_a_micro_batch(most: int, tokens: int, placement: RolePlacement) -> int:
     return min(most, -(-tokens // placement.ranks))
 
 
-def _generator(config: PPOConfig | EvaluateConfig | GeneratePreferencesConfig, init_from: str, shape: ModelShape | None) -> RoleMemory:
+def _generator(config: PPOConfig | Answering, init_from: str, shape: ModelShape | None) -> RoleMemory:
     generator, placement = config.generator, config.placement.generator
     if shape is None:
         return _unknown("generator", placement, init_from)

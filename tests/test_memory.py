@@ -8,8 +8,8 @@ import pytest
 
 from minigpt_ray.checkpoint import write_json_atomic
 from minigpt_ray.cli import load_config, read_config
-from minigpt_ray.config import EngineConfig, EvaluateConfig, PPOConfig
-from minigpt_ray.memory import GIB, activation_bytes, estimate, find_shape, placement_table, state_bytes
+from minigpt_ray.config import EngineConfig, EvaluateConfig, GeneratePreferencesConfig, PPOConfig
+from minigpt_ray.memory import GIB, activation_bytes, estimate, find_shape, per_process, placement_table, state_bytes
 from minigpt_ray.presets import PRESETS
 
 
@@ -91,6 +91,14 @@ def test_dry_run_ends_with_the_placement_table(root, run, capsys):
     out = capsys.readouterr().out
     assert caught.value.code == 0
     assert "Placement" in out and "generator" in out and f"{find_shape('sft', Path(run[1].removeprefix('output_dir=')) / 'demo').num_parameters():,}" in out
+
+
+@pytest.mark.parametrize("root", [EvaluateConfig, GeneratePreferencesConfig])
+def test_a_job_that_answers_needs_its_generator_and_its_reward_models(root, run):
+    config = load_config(root, [*run, "rewards.judge.kind=model", "rewards.judge.init_from=sft", "placement.reward_model.ranks=2"])
+    assert list(per_process(config)) == ["generator", "reward_model_0", "rewards"]
+    assert per_process(config)["generator"] > 0.5
+    assert "generator" not in per_process(load_config(root, ["run=absent", run[1]]))  # there is no such model yet
 
 
 def test_the_estimate_imports_neither_torch_nor_ray(run):

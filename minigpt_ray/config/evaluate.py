@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from minigpt_ray.config.base import JobConfig, PromptsConfig, SamplingConfig
 from minigpt_ray.config.placement import PlacementConfig
@@ -37,6 +37,8 @@ class EvaluateConfig(JobConfig):
     """The engine."""
     placement: PlacementConfig = PlacementConfig()
     """Only the generator, the reward models and the cluster's address count here."""
+    restart_limit: NonNegativeInt = 3
+    """How often the processes of a reward role are replaced when one of them dies, and the driver is started again, before the job stops."""
 
     @model_validator(mode="after")
     def _what_is_named_is_there(self) -> "EvaluateConfig":

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from minigpt_ray.config.base import JobConfig, PromptsConfig, SamplingConfig
 from minigpt_ray.config.placement import PlacementConfig
@@ -39,6 +39,8 @@ class GeneratePreferencesConfig(JobConfig):
     """The engine."""
     placement: PlacementConfig = PlacementConfig()
     """Only the generator, the reward models and the cluster's address count here."""
+    restart_limit: NonNegativeInt = 3
+    """How often the processes of a reward role are replaced when one of them dies, and the driver is started again, before the job stops."""
 
     @model_validator(mode="after")
     def _pairs_of_something(self) -> "GeneratePreferencesConfig":

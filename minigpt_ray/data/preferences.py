@@ -7,7 +7,8 @@ A pair is a row that DPO and reward models read: `{"prompt": [messages], "chosen
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -32,7 +33,7 @@ RIGHT = -1
 Counts = Counter[str]
 """What became of prompts and answers, by the names of COUNTED."""
 
-INDIFFERENT = ("placement", "prompts_per_batch")
+INDIFFERENT = ("placement", "prompts_per_batch", "restart_limit")
 """Fields of the configuration that the pairs do not depend on, besides where they are written."""
 COUNTED = (
     "prompts",
@@ -192,7 +193,8 @@ def _row(prompt: Prompt, chosen: Answer, rejected: Answer) -> Pair:
 class PairFile:
     """preferences.jsonl, held_out.jsonl and manifest.json of a directory that is whole or not there.
 
-    Raises DataError when the directory is there and was made by another configuration, or of the answers of another model.
+    Until it is whole, the pairs of each prompt are kept in a file beside it, so that a job which follows one that ended before need not
+    answer again. Raises DataError when the directory is there and was made by another configuration, or of the answers of another model.
     """
 
     def __init__(self, directory: Path, config: GeneratePreferencesConfig, model: str) -> None:
@@ -200,15 +202,44 @@ class PairFile:
         self.directory, self.config = directory, config
         self.counts: Counts = Counter()
         self._pairs: dict[int, tuple[Prompt, list[Pair]]] = {}
+        self._kept = directory.with_name(f".{directory.name}.jsonl")
         self._inputs = {f"the model {config.model}": _fingerprint(model)}
         self.is_complete = directory.exists()
         if self.is_complete:
             check_unchanged(directory, config, self._inputs, INDIFFERENT)
 
+    def left(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompts of which no earlier job of this configuration, model and prompts has kept the pairs; those of the others are taken over."""
+        digest = xxhash.xxh3_128_hexdigest(json.dumps([[prompt.serial, prompt.messages, prompt.answer] for prompt in prompts], default=str).encode())
+        header = json.dumps({"config": relevant(self.config, INDIFFERENT), "inputs": self._inputs, "prompts": digest}) + "\n"
+        lines = self._kept.read_text(encoding="utf-8").splitlines(keepends=True) if self._kept.is_file() else []
+        kept = [line for line in lines[1:] if line.endswith("\n")] if lines[:1] == [header] else []  # the last line of a killed job may be torn
+        with self._keeping():
+            self._kept.parent.mkdir(parents=True, exist_ok=True)
+            partial = self._kept.with_name(f"{self._kept.name}.partial")
+            partial.write_text(header + "".join(kept), encoding="utf-8")
+            partial.replace(self._kept)
+        by_serial = {prompt.serial: prompt for prompt in prompts}
+        for row in map(json.loads, kept):
+            self._take(by_serial[row["serial"]], row["pairs"], Counter(row["counts"]))
+        return [prompt for prompt in prompts if prompt.serial not in self._pairs]
+
     def add(self, prompt: Prompt, pairs: list[Pair], counts: Counts) -> None:
         """The pairs of one prompt; in which order prompts come makes no difference."""
+        self._take(prompt, pairs, counts)
+        with self._keeping(), self._kept.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"serial": prompt.serial, "pairs": pairs, "counts": counts}) + "\n")
+
+    def _take(self, prompt: Prompt, pairs: list[Pair], counts: Counts) -> None:
         self._pairs[prompt.serial] = prompt, pairs
         self.counts.update(counts)
+
+    @contextmanager
+    def _keeping(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(f"{error.strerror} while writing {self._kept}; what is there is kept: make room, and give the same command again") from error
 
     def write(self) -> None:
         """Raises DataError when there is no pair at all."""
@@ -232,6 +263,7 @@ class PairFile:
             for name, pairs in rows.items():
                 (written / f"{name}.jsonl").write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
             commit(written, self.directory, manifest)
+        self._kept.unlink(missing_ok=True)
 
 
 def _fingerprint(model: str) -> str:

@@ -162,6 +162,43 @@ def test_what_was_made_by_another_configuration_or_model_is_refused(tmp_path: Pa
         PairFile(tmp_path / "pairs", config, "another/model")
 
 
+def test_a_job_that_follows_a_killed_one_takes_over_what_it_had(tmp_path: Path) -> None:
+    config, prompts = GeneratePreferencesConfig(held_out_share=0.2), [prompt(serial, f"{serial} + 1?") for serial in range(6)]
+
+    def answered(file: PairFile, some: list[Prompt]) -> PairFile:
+        for asked in some:
+            file.add(asked, *make_pairs(Answers(asked, (answer("a", float(asked.serial)), answer("b", -1.0)), None), config, []))
+        return file
+
+    def begun(name: str, config: GeneratePreferencesConfig = config, model: str = "a/model") -> PairFile:
+        return PairFile(tmp_path / name, config, model)
+
+    whole = begun("whole")
+    assert answered(whole, whole.left(prompts)).counts["prompts"] == 6
+    whole.write()
+
+    killed = begun("killed")
+    answered(killed, killed.left(prompts)[3:])
+    kept = tmp_path / ".killed.jsonl"
+    kept.write_text(kept.read_text() + '{"serial": 0, "pai')  # torn
+    next_one = begun("killed")
+    assert [asked.serial for asked in next_one.left(prompts)] == [0, 1, 2]
+    answered(next_one, prompts[:2])
+    last = begun("killed")
+    left = last.left(prompts)
+    assert [asked.serial for asked in left] == [2] and last.counts["prompts"] == 5
+    answered(last, left).write()
+    for path in (tmp_path / "whole").glob("*.json*"):
+        assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+    answered(begun("other"), [])
+    for file in (begun("other", config.model_copy(update={"min_margin": 0.5})), begun("other", model="another/model"), begun("other")):
+        assert len(file.left(prompts)) == 6  # the one before was of another configuration or model
+        answered(file, prompts[:1])
+    assert len(begun("other").left(prompts[:5])) == 5 and len(begun("other").left(prompts)) == 6
+
+
 def test_a_model_that_was_trained_again_is_another(tmp_path: Path) -> None:
     """Its directory has the same name and other weights."""
     weights = tmp_path / "model" / "model.safetensors"

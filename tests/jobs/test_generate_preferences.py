@@ -1,11 +1,14 @@
 """`python -m jobs.generate_preferences` as a user runs it: a nano model's own answers become pairs that agree with their scores."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from jobs.generate_preferences import run
@@ -33,18 +36,34 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def killed_in_the_middle(directory: Path, *overrides: str, path: str) -> str:
+    """The job, whose driver is killed once it has kept the pairs of some prompts; what it said."""
+    command = [sys.executable, "-m", "jobs.generate_preferences", "configs/debug/generate_preferences.yaml", *overrides]
+    with subprocess.Popen(command, cwd=CHECKOUT, env=environment(path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
+        kept = directory / ".generate_preferences.jsonl"
+        while not (kept.is_file() and 1 < len(kept.read_text().splitlines()) < 1 + NUM_PROMPTS):
+            assert job.poll() is None
+            time.sleep(0.002)
+        (driver,) = [child for child in psutil.Process(job.pid).children() if "jobs.generate_preferences" in child.cmdline()]
+        driver.kill()
+        said = job.communicate(timeout=400)[0]
+    assert job.returncode == 0, said
+    return said
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-def test_answers_become_pairs_and_a_second_call_finds_them(home: Path) -> None:
+def test_answers_become_pairs_although_the_driver_is_killed_and_a_second_call_finds_them(home: Path) -> None:
     arguments = [f"output_dir={home}", "generator.backend=transformers", "rewards.codes.kind=function", "rewards.codes.function=a_users_rewards:codes"]
-    done = generate(*arguments, path=str(home))
-    assert done.returncode == 0, done.stdout + done.stderr
+    said = killed_in_the_middle(home / "debug", *arguments, "prompts_per_batch=4", path=str(home))
+    assert re.search(r"the driver \(process \d+\) was killed by SIGKILL; restart 1 of 3, with the prompts that are left", said)
+    assert re.search(rf"\d+ of {NUM_PROMPTS} prompts were answered before; the job goes on with the others", said)
     directory = home / "debug" / "generate_preferences"
     rows = {name: [json.loads(line) for line in (directory / f"{name}.jsonl").read_text().splitlines()] for name in ("preferences", "held_out")}
     pairs = rows["preferences"] + rows["held_out"]
     counts = json.loads((directory / "manifest.json").read_text())["became_of"]
     assert (counts["prompts"], counts["answers"], counts["pairs"]) == (NUM_PROMPTS, NUM_PROMPTS * NUM_ANSWERS, len(pairs))
-    assert rows["preferences"] and rows["held_out"] and f"{len(pairs)}" in done.stdout
+    assert rows["preferences"] and rows["held_out"] and f"{len(pairs)}" in said
 
     entries = [json.loads(line) for line in (home / "debug" / "prepare_data" / "prompts.jsonl").read_text().splitlines()[:NUM_PROMPTS]]
     by_question = {entry["question"]: entry for entry in (row.get("entry", row) for row in entries)}
