@@ -115,6 +115,8 @@ MAY_DIFFER = (
     "resources_per_worker",
     "labels_per_worker",
     "wait_seconds",
+    "worker_restarts",
+    "worker_restarts",
     "hang_after_s",
     "validation_every",
     "early_stopping",

@@ -21,12 +21,15 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.exceptions import RayActorError
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
 from actors.dataset import Sources, left_out, prepare_windows
+from actors.group import RoleLost
 from actors.mailbox import Begun, Logged, Mailbox, Saving, Started, Stopped, work
 from actors.parent import driver_restarts, got_further
 from actors.placement import connect, environment
@@ -49,8 +52,8 @@ from minigpt_ray.tracking import Tracker, writing
 SENTENCES = (DataError, ExportError, PlacementError, StageError, TokenizerError)
 """What `fit` refuses, or ends a run with, and says in a sentence why."""
 
-RESTARTS = 2
-"""How often dead workers are replaced, all of them together, before the run stops; they go on from the newest checkpoint."""
+DEATHS = (RayActorError, WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError)
+"""What Ray Train reports of a worker that died, or does not answer it; of those that missed it, an exception of their own."""
 
 KEEP_FREED_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
 """glibc's malloc keeps what a step frees for the next one. Ray Train computes in a thread, where malloc by itself gives it back to the kernel and
@@ -61,7 +64,10 @@ SAMPLE = 4096
 
 
 def fit(ready: Ready) -> Path:
-    """Train as configured; returns the directory of the model. Raises SENTENCES, StageError among them when a loss is not finite or a disk is full."""
+    """Train as configured; returns the directory of the model.
+
+    Raises SENTENCES, StageError among them when a loss is not finite or a disk is full, and RoleLost when workers died too often.
+    """
     config, stage = ready.config, STAGES[ready.config.stage]
     cpus = config.num_workers * config.cpus_per_worker
     own = connect(None, cpus)
@@ -110,7 +116,7 @@ def fit(ready: Ready) -> Path:
         with ThreadPoolExecutor(1) as threads:
             delivery = threads.submit(_deliver, mailbox, tracker, config.hang_after_s)
             try:
-                _trainer(ready, stored, mailbox).fit()
+                _train(ready, stored, mailbox)
             finally:
                 mailbox.put.remote(Stopped(""))  # else a failure would leave the delivery waiting
                 stopped = delivery.result()  # whose own failure, as of a full disk, is the reason of the workers'
@@ -155,6 +161,20 @@ class _Trainer(TorchTrainer):
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, idle)]  # type: ignore[misc]
 
 
+def _train(ready: Ready, stored: Mapping[str, Path], mailbox: Any) -> None:
+    """Raises RoleLost when workers died too often, or Ray Train's controller did: the reason lies with a machine, and another driver goes on."""
+    try:
+        _trainer(ready, stored, mailbox).fit()
+    except WorkerGroupError as error:
+        if any(isinstance(failure, DEATHS) for failure in error.worker_failures.values()):
+            raise RoleLost(f"{ready.config.stage}'s workers") from error
+        raise
+    except ControllerError as error:
+        if isinstance(error.controller_failure, RayActorError):
+            raise RoleLost(f"{ready.config.stage}'s controller") from error
+        raise
+
+
 def _trainer(ready: Ready, stored: Mapping[str, Path], mailbox: Any) -> TorchTrainer:
     config = ready.config
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one process less; this loop would not listen to it
@@ -175,7 +195,7 @@ def _trainer(ready: Ready, stored: Mapping[str, Path], mailbox: Any) -> TorchTra
         run_config=RunConfig(  # type: ignore[call-arg]
             name=f"{time.time_ns():x}",
             storage_path=str(ready.directory / "ray_train"),
-            failure_config=FailureConfig(max_failures=RESTARTS),
+            failure_config=FailureConfig(max_failures=config.worker_restarts),
             worker_runtime_env={"env_vars": KEEP_FREED_MEMORY | environment(config.cpus_per_worker)["env_vars"]},
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
@@ -205,7 +225,7 @@ def _deliver(mailbox: Any, tracker: Tracker, hang_after_s: float) -> Stopped:
                     return message
                 if isinstance(message, Logged):
                     for row in message.rows:
-                        tracker.log(message.step, row | ({"restarts/driver": driver_restarts()} if "train/epoch" in row else {}))
+                        tracker.log(message.step, row | ({"restarts/driver": driver_restarts(), "restarts/workers": begun - 1} if "train/epoch" in row else {}))
                 elif isinstance(message, Saving):
                     tracker.sync()
                     if saved:  # the one before is complete

@@ -71,6 +71,8 @@ class SupervisedConfig(TrainingConfig):
     """How long the job waits for room, saying what is missing, before it is refused; where an autoscaler brings nodes, as long as these take."""
     hang_after_s: PositiveFloat = 3600
     """After so many seconds without a step, or without a batch of the reference's logprobs before the first one, the workers count as hung: their stacks are printed, and they are ended and replaced like workers that died. So long without a tokenised block while windows are made ends the job."""
+    worker_restarts: NonNegativeInt = 2
+    """How often workers are replaced when one of them dies, all together, from the newest checkpoint. After that a new driver begins from there, see `checkpoint.driver_restarts`."""
     validation_share: float = Field(default=0.02, ge=0, lt=1)
     """Share of the examples kept for the validation loss."""
     validation_every: PositiveInt = 100

@@ -36,7 +36,7 @@ def output_dir(tmp_path_factory):
     return directory
 
 
-def start(output_dir, run):
+def start(output_dir, run, *more):
     arguments = [
         "configs/debug/midtrain.yaml",
         MIX,
@@ -45,6 +45,7 @@ def start(output_dir, run):
         "checkpoint={every: 10, resume: auto}",
         f"run={run}",
         f"output_dir={output_dir}",
+        *more,
     ]
     return subprocess.Popen(
         [sys.executable, "-m", "jobs.midtrain", *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -66,9 +67,8 @@ def wait_for_rows(job, stage, number):
     assert job.poll() is None, job.communicate()[0]
 
 
-def stop_worker(job):
-    """It stands still, and does not end."""
-    next(p for p in psutil.Process(job.pid).children(recursive=True) if "RayTrainWorker" in title(p.pid)).suspend()
+def worker_of(job):
+    return next(p for p in psutil.Process(job.pid).children(recursive=True) if "RayTrainWorker" in title(p.pid))
 
 
 def kill_all(job):
@@ -102,11 +102,12 @@ def test_the_shares_of_a_mix_move_from_the_first_weights_to_the_last(whole):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_run_that_lost_a_worker_was_stopped_and_killed_has_the_course_of_one_that_was_not(output_dir, whole):
-    """A worker hangs, is killed and replaced; SIGTERM saves the step and ends with 0; what goes on is killed whole; what goes on then ends."""
+    """A worker hangs, is killed and replaced; SIGTERM saves the step and ends with 0; what goes on is killed whole; then workers may not be
+    replaced, so another driver follows when one is killed, and ends."""
     stage = output_dir / "broken" / "midtrain"
     job = start(output_dir, "broken")
     wait_for_rows(job, stage, 25)
-    stop_worker(job)
+    worker_of(job).suspend()  # it stands still, and does not end
     wait_for_rows(job, stage, 60)
     job.send_signal(signal.SIGTERM)
     output, course = course_of(job, stage)
@@ -121,7 +122,12 @@ def test_a_run_that_lost_a_worker_was_stopped_and_killed_has_the_course_of_one_t
     killed = read_metrics(stage / "metrics.jsonl")[-1]["step"]
     assert stopped + 10 <= killed < 150 and not (stage / "model").exists()
 
-    output, resumed = course_of(start(output_dir, "broken"), stage)
+    job = start(output_dir, "broken", "worker_restarts=0")
+    wait_for_rows(job, stage, (stage / "metrics.jsonl").read_text().count("\n") + 5)
+    worker_of(job).kill()
+    output, resumed = course_of(job, stage)
+    assert re.search(r"the driver \(process \d+\) lost Ray, or a role \(code 1\); restart 1 of 3, from the newest checkpoint", output)
+    assert [row["restarts/driver"] for row in read_metrics(stage / "metrics.jsonl") if "restarts/driver" in row][-1] == 1
     assert "midtrain goes on after step" in output and f"goes on after step {stopped}:" not in output
     assert resumed == whole
     weights = [load_file(output_dir / run / "midtrain" / "model" / "model.safetensors") for run in ("whole", "broken")]
