@@ -149,7 +149,7 @@ def _said(entry: Entry) -> bool:
     return bool(entry.said)
 
 
-def deal(seed: int, faults: int, names: Sequence[str] = tuple(FAULTS)) -> list[str]:
+def deal(seed: int, faults: int, names: Sequence[str]) -> list[str]:
     """So many faults, each kind as often as any other, in random order."""
     random, dealt = Random(seed), list[str]()
     while len(dealt) < faults:

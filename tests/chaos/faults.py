@@ -26,6 +26,8 @@ class Fault:
     """Regular expression of a line that the job prints afterwards."""
     ends: bool = False
     """The job ends of it, as it should, and the same command is given again."""
+    form: str = "narrow"
+    """Key of world.FORMS: runs of which form have what it is done to."""
 
 
 def _signal(role: str, number: signal.Signals) -> Callable[[Job, Random], bool]:
@@ -41,6 +43,16 @@ def _send(pid: int, number: signal.Signals) -> bool:
             os.kill(pid, number)
             return True
     return False
+
+
+def _part(number: signal.Signals) -> Callable[[Job, Random], bool]:
+    """A process that holds a part of an engine: a child of the generator worker, with a thread for each thing that it waits for."""
+
+    def inject(job: Job, random: Random) -> bool:
+        parts = [child.pid for pid in job.pids("generator") for child in psutil.Process(pid).children(recursive=True) if "VLLM::Worker" in title(child.pid)]
+        return _send(random.choice(sorted(parts) or [0]), number)
+
+    return inject
 
 
 def _reward_function(job: Job, random: Random) -> bool:
@@ -98,14 +110,15 @@ def _server(how: str) -> Callable[[Job, Random], bool]:
 
 
 WHERE = r"\(process \d+ on [\d.]+\)"
-REPEATED = rf"{{}} rank 0 of 1 {WHERE} died; the role is started again and the call repeated"
-REWOUND = rf"{{}} rank 0 of 1 {WHERE} died; the learners start again and go on after step"
-ENDED = r"{} \(process \d+ on [\d.]+, stopped\) has been in .* for \d+ s and counts as dead"
-NEXT_DRIVER = r"the driver \(process \d+\) (was killed by SIG\w+|lost Ray, or a role \(code \d+\)); restart \d+ of 99, from the newest checkpoint"
+REPEATED = rf"{{}} rank \d+ of \d+ {WHERE} died; the role is started again and the call repeated"
+REWOUND = rf"{{}} rank \d+ of \d+ {WHERE} died; the learners start again and go on after step"
+REPLACED = rf"generator worker \d+ {WHERE} died(, with prompts with which another one died)?; a new one takes its place"
+ENDED = r"{} \(process \d+ on [\d.]+, [\w-]+\) has been in .* for \d+ s and counts as dead"
+NEXT_DRIVER = r"the driver \(process \d+\) (was killed by SIG\w+|lost Ray, or a role \(code \d+\)); restart \d+ of 3, from the newest checkpoint"
 GOES_ON = r"PPO goes on after step \d+"
 
 FAULTS = {
-    "generator": Fault("generator worker, SIGKILL", _signal("generator", signal.SIGKILL), rf"generator worker \d+ {WHERE} died; a new one takes its place"),
+    "generator": Fault("generator worker, SIGKILL", _signal("generator", signal.SIGKILL), REPLACED),
     "policy": Fault("policy rank, SIGKILL", _signal("policy", signal.SIGKILL), REWOUND.format(r"(policy|critic|rewards)")),
     "critic": Fault("critic rank, SIGKILL", _signal("critic", signal.SIGKILL), REWOUND.format(r"(policy|critic|rewards)")),
     "reference": Fault("reference rank, SIGKILL", _signal("reference", signal.SIGKILL), REPEATED.format("reference")),
@@ -115,11 +128,11 @@ FAULTS = {
         "process of a reward function, SIGKILL", _reward_function, r"rewards\.letters: the process of its function was ended by signal 9; it is started again"
     ),
     "generator_hangs": Fault("generator worker, SIGSTOP", _signal("generator", signal.SIGSTOP), ENDED.format(r"generator worker \d+")),
-    "policy_hangs": Fault("policy rank, SIGSTOP", _signal("policy", signal.SIGSTOP), ENDED.format("policy rank 0 of 1")),
-    "critic_hangs": Fault("critic rank, SIGSTOP", _signal("critic", signal.SIGSTOP), ENDED.format("critic rank 0 of 1")),
-    "reference_hangs": Fault("reference rank, SIGSTOP", _signal("reference", signal.SIGSTOP), ENDED.format("reference rank 0 of 1")),
-    "rewards_hang": Fault("process that asks the reward sources, SIGSTOP", _signal("rewards", signal.SIGSTOP), ENDED.format("rewards rank 0 of 1")),
-    "reward_model_hangs": Fault("reward model rank, SIGSTOP", _signal("reward_model_0", signal.SIGSTOP), ENDED.format("reward_model_0 rank 0 of 1")),
+    "policy_hangs": Fault("policy rank, SIGSTOP", _signal("policy", signal.SIGSTOP), ENDED.format(r"policy rank \d+ of \d+")),
+    "critic_hangs": Fault("critic rank, SIGSTOP", _signal("critic", signal.SIGSTOP), ENDED.format(r"critic rank \d+ of \d+")),
+    "reference_hangs": Fault("reference rank, SIGSTOP", _signal("reference", signal.SIGSTOP), ENDED.format(r"reference rank \d+ of \d+")),
+    "rewards_hang": Fault("process that asks the reward sources, SIGSTOP", _signal("rewards", signal.SIGSTOP), ENDED.format(r"rewards rank \d+ of \d+")),
+    "reward_model_hangs": Fault("reward model rank, SIGSTOP", _signal("reward_model_0", signal.SIGSTOP), ENDED.format(r"reward_model_0 rank \d+ of \d+")),
     "server_hangs": Fault("reward server gives no answer", _server("hang"), r"rewards\.served.*no answer within.*; it is repeated"),
     "server_rubbish": Fault("reward server answers rubbish", _server("rubbish"), r"rewards\.served.*something else than.*; it is repeated"),
     "server_trouble": Fault("reward server answers 503", _server("trouble"), r"rewards\.served.*status 503.*; it is repeated"),
@@ -136,4 +149,15 @@ FAULTS = {
         r"while writing the checkpoint .*; earlier checkpoints are untouched",
         ends=True,
     ),
+    "policy_of_two": Fault("one of two policy ranks, SIGKILL", _signal("policy", signal.SIGKILL), REWOUND.format("(policy|critic)"), form="wide"),
+    "critic_of_two": Fault("one of two critic ranks, SIGKILL", _signal("critic", signal.SIGKILL), REWOUND.format("(policy|critic)"), form="wide"),
+    "policy_of_two_hangs": Fault("one of two policy ranks, SIGSTOP", _signal("policy", signal.SIGSTOP), ENDED.format(r"policy rank \d of 2"), form="wide"),
+    "part": Fault("one of two parts of an engine, SIGKILL", _part(signal.SIGKILL), REPLACED, form="wide"),
+    "part_hangs": Fault("one of two parts of an engine, SIGSTOP", _part(signal.SIGSTOP), ENDED.format(r"generator worker \d+"), form="wide"),
+    "worker_of_two": Fault("one of two generator workers, SIGKILL", _signal("generator", signal.SIGKILL), REPLACED, form="wide"),
 }
+
+
+def of_form(form: str) -> list[str]:
+    """What can be done to runs of a form."""
+    return [name for name, fault in FAULTS.items() if fault.form == form]

@@ -7,7 +7,7 @@ import pytest
 
 from minigpt_ray.tracking import read_metrics
 from tests.chaos.campaign import Entry, Ledger, deal, play
-from tests.chaos.faults import FAULTS
+from tests.chaos.faults import FAULTS, of_form
 from tests.chaos.world import World
 
 MOMENTS = (("reference", "reward_model"), ("generator", "function"), ("policy", "critic", "server_hangs"))
@@ -30,8 +30,10 @@ def test_a_run_outlives_a_process_of_every_role_with_the_numbers_of_one_that_los
 
 
 def test_every_kind_of_fault_is_dealt_as_often_as_any_other() -> None:
-    dealt = deal(seed=1, faults=2 * len(FAULTS))
-    assert sorted(dealt) == sorted(2 * list(FAULTS)) and dealt != deal(seed=2, faults=len(dealt))
+    names = of_form("narrow")
+    dealt = deal(seed=1, faults=2 * len(names), names=names)
+    assert sorted(dealt) == sorted(2 * names) and dealt != deal(seed=2, faults=len(dealt), names=names)
+    assert sorted([*names, *of_form("wide")]) == sorted(FAULTS)
 
 
 def test_a_ledger_goes_on_and_counts_what_was_lost(tmp_path: Path) -> None:

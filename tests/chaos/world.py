@@ -23,9 +23,17 @@ HANG_SECONDS = 45.0
 """placement.hang_after_s: longer than any call of these runs takes, on a machine that does other things too."""
 OPTIONS = (
     *("evaluation.every=1000", "evaluation.num_prompts=4", "checkpoint.every=2"),
-    *("restart_limit=99", "generator.restart_limit=99", "checkpoint.driver_restarts=99", f"placement.hang_after_s={HANG_SECONDS:g}"),
+    f"placement.hang_after_s={HANG_SECONDS:g}",
     *("rewards.letters.timeout_s=10", "rewards.model={kind: model, init_from: reward_model, weight: 0.1}"),
 )
+FORMS = {
+    "narrow": (),
+    "wide": (
+        *("placement.policy.ranks=2", "placement.critic.ranks=2", "placement.generator.workers=2", "placement.generator.tensor_parallel=2"),
+        "placement.generator.min_workers=1",
+    ),
+}
+"""Options of runs with one process to a role, and of runs with several, in which a death leaves the others waiting in a collective."""
 END_SECONDS = 600.0
 """How long a step, or the end, may take after a fault."""
 
@@ -84,7 +92,7 @@ class World:
 
     def undisturbed(self) -> Finished:
         """The run that the others are held against; its roles share a process, which starts faster and changes no number."""
-        with self.job("undisturbed", ONE_PROCESS) as job:
+        with self.job("undisturbed", *([] if self.options else [ONE_PROCESS])) as job:
             job.finish()
             return Finished(job.directory, job.output)
 
