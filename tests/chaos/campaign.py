@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -36,7 +36,7 @@ class Entry:
     seconds: float
     """That it cost: until two more steps were complete, less what these take."""
     said: str
-    """The job's line about it."""
+    """The job's line about it, the first after it."""
     result: str
     """`exact`: the run ended with the numbers and the tokens of the undisturbed one, to the bit; else what is not so."""
 
@@ -49,25 +49,26 @@ def play(world: World, undisturbed: Finished, number: int, moments: Sequence[Seq
     random = Random(f"{seed}-{number}")
     usual = median(row["time/step_s"] for row in undisturbed.rows)
     entries: list[Entry] = []
+    heard: list[int] = []
     run = f"round-{number:03}"
     shutil.rmtree(world.home / run, ignore_errors=True)  # of a campaign that was stopped in it
     with world.job(run) as job:
         job.wait_for_step(0)
         for names in moments:
             time.sleep(random.uniform(0, 1.5 * usual))
-            step, phase, heard, began = job.step, job.phase, len(job.output), time.monotonic()
+            step, phase, before, began = job.step, job.phase, len(job.output), time.monotonic()
             injected = [name for name in names if _inject(name, job, random)]
             lived = (not any(FAULTS[name].ends for name in injected) or job.start_again()) and job.wait_for_step(max(step, job.step) + 1)
             seconds = max(0.0, time.monotonic() - began - 1.5 * usual)
-            output = job.output[heard:]
+            output = job.output[before:]
             resumed = re.findall(r"goe?s? on after step (\d+)", output)
             redone = step - min(int(resumed[-1]), step) if resumed else 0
             for name in injected:
-                line = re.search(f"^.*{FAULTS[name].said}.*$", output, re.MULTILINE)
-                said = line[0].strip() if line else ""
+                said = _line(name, output)
+                heard.append(before)
                 entries.append(Entry(number, name, step, phase, redone, round(seconds, 1), said, "" if lived else "lost"))
                 say(
-                    f"round {number}: {name} in step {step + 1} ({phase}): {'' if lived else 'LOST, '}{seconds:.1f} s, {redone} redone; {said or 'NOTHING SAID'}"
+                    f"round {number}: {name} in step {step + 1} ({phase}): {'' if lived else 'LOST, '}{seconds:.1f} s, {redone} redone; {said or 'nothing said so far'}"
                 )
             if not lived or len(injected) < len(names):
                 break
@@ -76,7 +77,15 @@ def play(world: World, undisturbed: Finished, number: int, moments: Sequence[Seq
             result = compare(Finished(job.directory, job.output), undisturbed)
         except (AssertionError, psutil.TimeoutExpired):
             result = "lost"
-    return [Entry(**{**asdict(entry), "result": entry.result or result}) for entry in entries]
+        output = job.output  # one of several that hangs is found later, while the others do its work
+    said = [entry.said or _line(entry.fault, output[before:]) for entry, before in zip(entries, heard, strict=True)]
+    return [replace(entry, said=line, result=entry.result or result) for entry, line in zip(entries, said, strict=True)]
+
+
+def _line(name: str, output: str) -> str:
+    """What the job says of a fault of this kind; empty when nothing."""
+    line = re.search(f"^.*{FAULTS[name].said}.*$", output, re.MULTILINE)
+    return line[0].strip() if line else ""
 
 
 def _inject(name: str, job: Job, random: Random) -> bool:
