@@ -14,17 +14,17 @@ SLOW = 2.0
 SLOW_SECONDS = 5.0
 """And at least so long: in less than this a second attempt gains nothing."""
 SUSPECT_DEATHS = 2
-"""Workers that died while they answered a prompt, before it is a suspect."""
+"""Workers that died with a prompt, before it is a suspect."""
 NARROWER = 8
 """Suspects are answered together in groups that are so many times smaller than the one that died last, so few deaths find the guilty one."""
 
 
 class Death(NamedTuple):
-    """What the death of a worker tells about the prompts that it answered."""
+    """What the death of a worker tells about the prompts that it had."""
 
     fatal: int | None
-    """The position of the prompt of which it died."""
-    again: bool
+    """The position of the prompt of which it died, which is not open any more."""
+    seen_before: bool
     """Each of them was with a worker that died before, so these deaths may well have one cause: a prompt."""
 
 
@@ -56,9 +56,9 @@ class Dispatch:
         self._took: dict[int, float] = {}
         """Worker -> seconds that it needed, the last time, until it held nothing any more."""
         self._deaths: Counter[int] = Counter()
-        """Position -> workers that died while they answered it."""
-        self._together: dict[int, int] = {}
-        """Suspect -> with how many others, itself included, it may be answered."""
+        """Position -> workers that died with it."""
+        self._at_most_together: dict[int, int] = {}
+        """Suspect without an answer -> how many, itself included, a worker may have at a time."""
 
     @property
     def queue_depth(self) -> int:
@@ -68,6 +68,10 @@ class Dispatch:
     def holds(self, worker: int) -> bool:
         """Whether the worker is to answer something."""
         return bool(self._held.get(worker))
+
+    def holds_suspects(self, worker: int) -> bool:
+        """Whether the worker has prompts with which several died, and which nobody else is given meanwhile."""
+        return not self._at_most_together.keys().isdisjoint(self._held.get(worker, ()))
 
     def has_work(self, worker: int) -> bool:
         """Whether there is something to tell the worker, or to ask it for."""
@@ -90,7 +94,9 @@ class Dispatch:
         if free and not self._waiting:
             self._give_again(free, now)
         for position in [self._waiting.popleft() for _ in range(len(self._waiting))]:
-            able = [worker for worker in workers if self._may_hold(worker, position)] if self._together else workers
+            if position not in self.open:  # a worker that left, or died, had answered it
+                continue
+            able = [worker for worker in workers if self._may_hold(worker, position)] if self._at_most_together else workers
             if able:
                 self._hold(min(able, key=lambda worker: len(self._held.get(worker, ()))), position, now)
             else:
@@ -99,42 +105,48 @@ class Dispatch:
     def _may_hold(self, worker: int, position: int) -> bool:
         """Whether a worker may be given a prompt beside those that it holds: suspects stay among themselves, and few."""
         held = self._held.get(worker, {})
-        at_most = [self._together.get(one, 0) for one in (*held, position)]
-        return not held or not any(at_most) or len(held) < min(at_most)
-
-    def leave_out(self, position: int) -> None:
-        """Nobody is to answer a prompt that nobody has been given yet."""
-        self.open.discard(position)
-        self._waiting.remove(position)
+        if not held or not (position in self._at_most_together or self.holds_suspects(worker)):
+            return True
+        return len(held) < min(self._at_most_together.get(one, 0) for one in (*held, position))
 
     def finish(self, worker: int, position: int, now: float) -> bool:
         """A worker has an answer; whether it is the first to this prompt."""
         if position not in self.open:
             return False
-        self.open.discard(position)
-        for other, held in self._held.items():
-            if position in held:
-                del held[position]
-                if other != worker:
-                    self._drop(other, position)
-                if not held:
-                    self._took[other] = now - self._since[other]
+        self.close(position, now, answered_by=worker)
         return True
 
-    def lost(self, worker: int) -> Death:
-        """A worker died; what it held waits again, before all else, but for a prompt of which it died: one that it held alone, as the last of several."""
+    def close(self, position: int, now: float, answered_by: int | None = None) -> None:
+        """Nobody is to answer a prompt any more."""
+        self.open.discard(position)
+        self._at_most_together.pop(position, None)
+        for worker, held in self._held.items():
+            if position in held:
+                del held[position]
+                if worker != answered_by:
+                    self._drop(worker, position)
+                if not held:
+                    self._took[worker] = now - self._since[worker]
+
+    def lost(self, worker: int, now: float, blameless: bool = False) -> Death:
+        """A worker died; what it held waits again, before all else, but for a prompt of which it died: one that it had alone, as the last of several.
+
+        `blameless`: the reason is known, and lies elsewhere.
+        """
         untold = set(self._orders.pop(worker, Orders([], [])).new)
         self._took.pop(worker, None)
         held = self._held.pop(worker, {})
-        begun = [position for position in held if position not in untold][: self.capacity]
-        again = bool(begun) and all(self._deaths[position] for position in begun)
-        self._deaths.update(begun)
-        suspects = [position for position in begun if self._deaths[position] >= SUSPECT_DEATHS]
-        fatal = begun[0] if len(begun) == 1 and self._deaths[begun[0]] > SUSPECT_DEATHS else None
-        self._together.update({position: max(1, len(begun) // NARROWER) for position in suspects})
+        told = [position for position in held if position not in untold and not blameless]
+        seen_before = bool(told) and all(self._deaths[position] for position in told)
+        self._deaths.update(told)
+        suspects = [position for position in told if self._deaths[position] >= SUSPECT_DEATHS]
+        self._at_most_together.update({position: max(1, len(told) // NARROWER) for position in suspects})
+        fatal = told[0] if len(told) == 1 and self._deaths[told[0]] > SUSPECT_DEATHS else None
+        if fatal is not None:
+            self.close(fatal, now)
         elsewhere = {position for others in self._held.values() for position in others}
-        self._waiting.extendleft(reversed([position for position in held if position not in elsewhere and position != fatal]))
-        return Death(fatal, again)
+        self._waiting.extendleft(reversed([position for position in held if position in self.open and position not in elsewhere]))
+        return Death(fatal, seen_before)
 
     def take_back(self, worker: int) -> None:
         """What a worker holds beyond its capacity waits again."""
@@ -166,6 +178,6 @@ class Dispatch:
         limit = max(SLOW_SECONDS, SLOW * max(took, default=math.inf))
         slow = [worker for worker, held in self._held.items() if held and now - self._since[worker] > limit]
         holders = Counter(position for held in self._held.values() for position in held) if slow else Counter[int]()
-        alone = [position for worker in slow for position in self._held[worker] if holders[position] == 1 and position not in self._together]
+        alone = [position for worker in slow for position in self._held[worker] if holders[position] == 1 and position not in self._at_most_together]
         for place, position in enumerate(alone):
             self._hold(free[place % len(free)], position, now)

@@ -55,7 +55,7 @@ def judge_answers(rewards: Rewards, rollouts: Sequence[Rollout]) -> Judged:
     """What the verifier and every reward source say about some answers, all at once; about those that the generator gave up there is nothing to say."""
     rollouts = [rollout for rollout in rollouts if rollout.valid]
     if not rollouts:
-        return Judged([], [], [], {}, [])
+        return Judged([], [], [], {name: [] for name in rewards.sources}, [])
     scores, verified = gather(rewards.score(rollouts, RolloutBatch.of(rollouts)), rewards.verify(rollouts)).result()
     by_source = {name: values.tolist() for name, values in scores.by_source.items()}
     return Judged(rollouts, verified, scores.total.tolist(), by_source, scores.failed.tolist())

@@ -23,6 +23,8 @@ from minigpt_ray.timeline import Mark
 
 CALLS_AHEAD = 2
 """Calls that a worker has at a time, so that it need not wait for the driver between two of them."""
+GIVEN_UP = Answer(Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), "failed"), "")
+"""The answer to a prompt of which workers die."""
 EXCERPT = 80
 """Characters of a prompt that name it."""
 
@@ -33,7 +35,7 @@ class FatalPrompts(RuntimeError):
     def __init__(self, named: str, limit: int) -> None:
         super().__init__(
             f"{named}; that is one more than generator.fatal_prompt_limit={limit} allows between two checkpoints: the cause stands in the workers' logs; "
-            "take such prompts out of the data, or raise the limit; PPO goes on with checkpoint.resume=auto"
+            "raise the limit and go on (PPO: with checkpoint.resume=auto), or take such prompts out of the data and begin another run"
         )
 
 
@@ -218,8 +220,10 @@ class Generator(Pool[GeneratorWorker]):
             self.marks.append(Mark(f"{self.role} worker {worker.number} joined", time.time()))
             self._say(f"a {self.role} worker has joined, with weights version {self.version}; {len(self.workers)} of {self.size} are there")
 
-    def end_hung(self, working: Collection[Worker], seconds: float) -> None:
+    def end_hung(self, working: Collection[Worker], seconds: float, alone: Collection[int] = ()) -> None:
         """Some had work for so many seconds more. End workers that answered no prompt, or loaded weights, for placement.hang_after_s.
+
+        `alone`: numbers of those whose prompts nobody else answers meanwhile.
 
         Their calls fail as those of the dead. A call that ended is no answer: an engine may take steps that lead nowhere.
         """
@@ -228,7 +232,7 @@ class Generator(Pool[GeneratorWorker]):
         longest, now = self.cluster.config.hang_after_s, time.monotonic()
         hung = [index for index, worker in enumerate(self.workers) if worker.silent > longest]
         if self._restarts_left == 0 and len(hung) < len(self.able):
-            hung = []  # others answer what it holds, and none can take its place
+            hung = [index for index in hung if self.workers[index].number in alone]  # others answer what it holds, and none can take its place
         late = [index for index, worker in enumerate(self.workers) if worker in self._loading.values() and now - worker.since > longest]
         for index in hung + late:
             self.workers[index].silent, self.workers[index].since = 0.0, now
@@ -271,8 +275,7 @@ class Generator(Pool[GeneratorWorker]):
         self.advance(look=True)  # what was asked between two steps counts for the next one
         finished: dict[int, list[Rollout]] = {}
         for position, answers in Generation(self, prompts, sampling, chunk).answers():
-            found: Sequence[Answer | None] = answers or [None] * sampling.n
-            finished[position] = [_rollout(prompts[position], sample, answer, self.version) for sample, answer in enumerate(found)]
+            finished[position] = [_rollout(prompts[position], sample, answer, self.version) for sample, answer in enumerate(answers)]
             members = range(position - position % chunk, min(position - position % chunk + chunk, len(prompts)))
             if all(member in finished for member in members):
                 yield [rollout for member in members for rollout in finished[member]]
@@ -344,18 +347,17 @@ class Generation:
         self.orders = generator.orders(prompts, sampling)
         # Chunk by chunk, so that the first can be scored early; within it the longest prompt first: nothing else is known of how long it takes.
         longest_first = sorted(range(len(prompts)), key=lambda place: (place // chunk, -len(prompts[place].token_ids)))
-        self.dispatch = Dispatch(longest_first, generator.capacity(sampling))
+        self.given_up = [position for position in longest_first if generator.is_given_up(prompts[position])]
+        self.dispatch = Dispatch([position for position in longest_first if position not in self.given_up], generator.capacity(sampling))
         self.calls: dict[Any, Worker] = {}
         self.seconds: dict[int, float] = {}
         """Worker -> seconds that it computed."""
 
     def answers(self) -> Iterator[tuple[int, list[Answer]]]:
-        """Position of a prompt and the answers to it, in the order in which they are complete; none to a prompt of which workers die."""
+        """Position of a prompt and the answers to it, in the order in which they are complete; GIVEN_UP for one of which workers die."""
         generator, now = self.generator, time.monotonic()
         try:
-            for position in [position for position in self.dispatch.open if generator.is_given_up(self.prompts[position])]:
-                self.dispatch.leave_out(position)
-                yield position, []
+            yield from ((position, [GIVEN_UP] * self.sampling.n) for position in self.given_up)
             while self.dispatch.open:
                 self._hand_out()
                 refs = [*self.calls, *generator.changing]
@@ -364,7 +366,8 @@ class Generation:
                     yield from self._take(call)
                 before, now = now, time.monotonic()
                 generator.meter.passed(now - before, len(generator.able), self.dispatch.queue_depth)
-                generator.end_hung(set(self.calls.values()), min(now - before, 2 * POLL_SECONDS))  # no longer: this process may have been stopped
+                alone = [worker.number for worker in generator.workers if self.dispatch.holds_suspects(worker.number)]
+                generator.end_hung(set(self.calls.values()), min(now - before, 2 * POLL_SECONDS), alone)  # no longer: this process may have been stopped
         finally:
             self._end()
 
@@ -394,7 +397,7 @@ class Generation:
             timed: Timed = ray.get(call)
         except ray.exceptions.RayActorError as death:
             if worker in self.generator.workers:  # else it has left, or its other call has said so
-                yield from self._mourn(worker, death)
+                yield from self._lose(worker, death)
             return
         self.seconds[worker.number] = self.seconds.get(worker.number, 0.0) + timed.seconds
         worker.memory_bytes = timed.memory_bytes
@@ -407,14 +410,17 @@ class Generation:
             if self.dispatch.finish(worker.number, position, time.monotonic()):
                 yield position, answers
 
-    def _mourn(self, worker: Worker, death: Exception) -> Iterator[tuple[int, list[Answer]]]:
-        """A worker died; no answers to the prompt of which it did."""
-        fatal, again = self.dispatch.lost(worker.number)
-        self.generator.replace(worker, death, by_a_prompt=again)
+    def _lose(self, worker: Worker, death: Exception) -> Iterator[tuple[int, list[Answer]]]:
+        """A worker died; GIVEN_UP as answers to the prompt of which it did, wherever that stands."""
+        generator, now = self.generator, time.monotonic()
+        fatal, seen_before = self.dispatch.lost(worker.number, now, blameless=generator.is_leaving_or_gone(worker))
+        generator.replace(worker, death, by_a_prompt=seen_before)
         if fatal is not None:
-            self.generator.give_up(self.prompts[fatal])
-            self.dispatch.finish(worker.number, fatal, time.monotonic())
-            yield fatal, []
+            generator.give_up(self.prompts[fatal])
+            twins = [position for position in self.dispatch.open if generator.is_given_up(self.prompts[position])]
+            for position in twins:
+                self.dispatch.close(position, now)
+            yield from ((position, [GIVEN_UP] * self.sampling.n) for position in [fatal, *twins])
 
     def _end(self) -> None:
         """Count, and have workers forget what they were asked for and is not needed."""
@@ -425,9 +431,8 @@ class Generation:
         self.generator.usage.memory_bytes = sum(worker.memory_bytes for worker in self.generator.workers)
 
 
-def _rollout(prompt: Prompt, sample: int, answer: Answer | None, version: int) -> Rollout:
-    """None: the prompt was given up."""
-    completion = answer.completion if answer else Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), "failed")
+def _rollout(prompt: Prompt, sample: int, answer: Answer, version: int) -> Rollout:
+    completion = answer.completion
     size = len(completion.token_ids)
     return Rollout(
         prompt=prompt,
@@ -436,7 +441,7 @@ def _rollout(prompt: Prompt, sample: int, answer: Answer | None, version: int) -
         model_mask=np.ones(size, bool),
         logprobs=completion.logprobs,
         weight_versions=np.full(size, version, np.int32),
-        text=answer.text if answer else "",
+        text=answer.text,
         finish_reason=completion.finish_reason,
-        valid=answer is not None,
+        valid=answer is not GIVEN_UP,
     )

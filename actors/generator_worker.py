@@ -51,7 +51,7 @@ class Completion:
     logprobs: np.ndarray
     """float32 (tokens,): of the distribution that was sampled from."""
     finish_reason: str
-    """`stop` or `length`."""
+    """`stop` or `length`, `failed` for a prompt that was given up."""
 
 
 @dataclass(frozen=True)

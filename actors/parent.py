@@ -4,8 +4,8 @@
 
 A driver dies when a signal kills it (the kernel's when memory runs out) or when Ray is lost below it (a raylet, the
 GCS, without which Ray ends the process itself). One that stands still, of which nothing is heard for hang_after_s, is
-killed, and where it stood is said. The next one goes on from the newest checkpoint. What a driver ends with
-by itself, a refusal or an exception of the code, would come again, so it is passed on; and so is SIGTERM, after which
+killed, and where it stood is said. The next one goes on from the newest checkpoint, an evaluation from
+its beginning, preference pairs with the prompts that are left. What a driver ends with by itself, a refusal or an exception of the code, would come again, so it is passed on; and so is SIGTERM, after which
 nothing is started any more.
 
 The driver is a fork, made before anything heavy is imported: the parent holds the configuration and no torch. What a
@@ -54,7 +54,7 @@ def keep_running(run: Callable[[C], None], config: C) -> None:
     The exit code is 128 + n when signal n ended the last driver.
     """
     parent = _Parent()
-    name, limit, again, begins = _rules(config)
+    name, limit, again, begins = _restart_rules(config)
     patience = config.hang_after_s if isinstance(config, SupervisedConfig) else config.placement.hang_after_s
     restarts = left = 0
     with parent.passing_on():
@@ -77,7 +77,7 @@ def keep_running(run: Callable[[C], None], config: C) -> None:
     raise SystemExit(code if code >= 0 else 128 - code)
 
 
-def _rules(config: C) -> tuple[str, int, C, str]:
+def _restart_rules(config: C) -> tuple[str, int, C, str]:
     """How often a job's driver may die, the name of that setting first; with which configuration the next one begins, and where, in words."""
     if isinstance(config, EvaluateConfig):
         return "restart_limit", config.restart_limit, config, "from the beginning"

@@ -76,7 +76,7 @@ class Pool(Group[R]):
     """The role as the driver sees it. `workers` are built and can be called; `size` is how many there should be."""
 
     def __init__(self, cluster: Cluster, role: str, build: Callable[..., R], *args: Any, restarts: int) -> None:
-        """`restarts`: how often dead workers are replaced, together, until `refill`; after that the others go on without them, and the last one's death is an OutOfRestarts."""
+        """`restarts`: how often dead workers are replaced, together, until `refill`; after that the others go on without them, and the last one's death is an OutOfRestarts, unless another is on its way."""
         placement = cluster.roles[role]
         assert isinstance(placement, GeneratorPlacement)
         self.placement = placement
@@ -196,6 +196,10 @@ class Pool(Group[R]):
             ray.kill(worker.host)  # it may have failed without a death of its process
             self._start(worker.place, newcomer=False)
 
+    def is_leaving_or_gone(self, worker: Worker) -> bool:
+        """Whether a worker was about to end, or its node has."""
+        return worker.leaving or worker.draining or self.cluster.is_gone(worker.node or self.cluster.node_of(worker.host))
+
     def _is_one_incident(self, worker: Worker, node: str, is_gone: bool) -> bool:
         """Whether a death has the cause of the one before: with the same node, which is gone, or soon after another one on it."""
         where, when = self._incident
@@ -310,6 +314,8 @@ class Pool(Group[R]):
             if worker.newcomer:
                 self._end(worker)
                 self.size -= 1
+                if not self.workers and not self._coming and not self._wishes:
+                    raise OutOfRestarts(self.role, f"{self.role}.restart_limit") from error
                 self._say(f"a {self.role} worker that was to join could not start ({reason}); the job goes on with {self.size}")
             elif self._was_ready or isinstance(error, ray.exceptions.RayActorError):
                 logger.warning("%s could not start (%s)", self._name(worker), reason)

@@ -116,7 +116,6 @@ MAY_DIFFER = (
     "labels_per_worker",
     "wait_seconds",
     "worker_restarts",
-    "worker_restarts",
     "hang_after_s",
     "validation_every",
     "early_stopping",

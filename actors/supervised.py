@@ -53,7 +53,7 @@ SENTENCES = (DataError, ExportError, PlacementError, StageError, TokenizerError)
 """What `fit` refuses, or ends a run with, and says in a sentence why."""
 
 DEATHS = (RayActorError, WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError)
-"""What Ray Train reports of a worker that died, or does not answer it; of those that missed it, an exception of their own."""
+"""What Ray Train reports of a worker that died, or does not answer it. It may not have noticed it yet when those that waited for it have failed."""
 
 KEEP_FREED_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
 """glibc's malloc keeps what a step frees for the next one. Ray Train computes in a thread, where malloc by itself gives it back to the kernel and
@@ -120,8 +120,8 @@ def fit(ready: Ready) -> Path:
             finally:
                 mailbox.put.remote(Stopped(""))  # else a failure would leave the delivery waiting
                 stopped = delivery.result()  # whose own failure, as of a full disk, is the reason of the workers'
-        if stopped.fault:
-            raise StageError(stopped.fault)
+                if stopped.fault:
+                    raise StageError(stopped.fault)
         shutil.rmtree(ready.directory / "ray_train")
         if stopped.asked:
             tracker.message(f"SIGTERM: step {tracker.step} is saved; checkpoint.resume=auto goes on from there")
@@ -162,7 +162,7 @@ class _Trainer(TorchTrainer):
 
 
 def _train(ready: Ready, stored: Mapping[str, Path], mailbox: Any) -> None:
-    """Raises RoleLost when workers died too often, or Ray Train's controller did: the reason lies with a machine, and another driver goes on."""
+    """Raises RoleLost when workers died too often, at work or while they were started: the reason lies with a machine, and another driver goes on."""
     try:
         _trainer(ready, stored, mailbox).fit()
     except WorkerGroupError as error:
@@ -171,7 +171,7 @@ def _train(ready: Ready, stored: Mapping[str, Path], mailbox: Any) -> None:
         raise
     except ControllerError as error:
         if isinstance(error.controller_failure, RayActorError):
-            raise RoleLost(f"{ready.config.stage}'s controller") from error
+            raise RoleLost(f"{ready.config.stage}'s workers") from error
         raise
 
 

@@ -27,7 +27,8 @@ def run(config: GeneratePreferencesConfig) -> None:
     console = Console()
     with one_sentence():  # the tokenizer brings torch; most of what can be refused is refused before
         path = resolve_model(config.model, config.run_dir)
-        file = PairFile(config.stage_dir(STAGE), config, path)
+        judges = reward_models(config.rewards, config.run_dir)
+        file = PairFile(config.stage_dir(STAGE), config, path, judges)
         if file.is_complete:
             console.print(f"{file.directory} is complete and was made by this config and model; nothing to do", soft_wrap=True)
             return
@@ -37,13 +38,12 @@ def run(config: GeneratePreferencesConfig) -> None:
         tokenizer = load_tokenizer(path)
         prompts = encode_prompts(config.data, rows, tokenizer).prompts[: config.num_prompts]
         check_vocabularies(config.rewards, config.run_dir, {config.model: tokenizer})
-        readers = {config.model: path} | reward_models(config.rewards, config.run_dir)
-        check_context(readers, {"data": longest(prompts)}, {"sampling.max_tokens": config.sampling.max_tokens})
+        check_context({config.model: path} | judges, {"data": longest(prompts)}, {"sampling.max_tokens": config.sampling.max_tokens})
         right = load_right_answers(config.data, default, prompts, tokenizer) if config.right_answer else {}
-
-        left = file.left(prompts)
+        left = file.take_over(prompts)
         if len(left) < len(prompts):
-            console.print(f"{len(prompts) - len(left)} of {len(prompts)} prompts were answered before; the job goes on with the others", soft_wrap=True)
+            before = f"{len(prompts) - len(left)} of {len(prompts)} prompts were answered and scored before"
+            console.print(f"{before}; the job goes on with the others ({file.kept}; remove it to begin anew)", soft_wrap=True, markup=False, highlight=False)
 
     from actors.evaluation import SENTENCES, judged_answers
     from actors.generator import Generator

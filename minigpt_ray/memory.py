@@ -66,6 +66,7 @@ class RoleMemory:
 
 
 Answering = EvaluateConfig | GeneratePreferencesConfig
+"""Configurations of jobs that answer prompts, and learn nothing."""
 
 
 def estimate(config: PPOConfig | Answering) -> list[RoleMemory]:
@@ -294,7 +295,7 @@ def placement_table(roles: list[RoleMemory]) -> Table:
     return table
 
 
-def print_placement(config: PPOConfig | EvaluateConfig | GeneratePreferencesConfig) -> None:
+def print_placement(config: PPOConfig | Answering) -> None:
     """The placement table on stdout."""
     console = Console()
     # A pipe has no width of its own; 80 columns would break every row.

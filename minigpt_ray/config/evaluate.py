@@ -36,7 +36,7 @@ class EvaluateConfig(JobConfig):
     generator: GeneratorConfig = GeneratorConfig()
     """The engine."""
     placement: PlacementConfig = PlacementConfig()
-    """Only the generator, the reward models and the cluster's address count here."""
+    """Only the generator, the reward models, the cluster's address, `check_memory`, `wait_seconds` and `hang_after_s` count here."""
     restart_limit: NonNegativeInt = 3
     """How often the processes of a reward role are replaced when one of them dies, and the driver is started again, before the job stops."""
 

@@ -73,7 +73,7 @@ class GeneratorConfig(Config):
     sleep_between_phases: bool = False
     """vLLM sleep mode after every generation, for a GPU that is shared; the weights are loaded again afterwards (GPU only)."""
     restart_limit: NonNegativeInt = 3
-    """How often, between two checkpoints, dead workers are replaced, those that die with one node once together; after that the run goes on with the others, and stops when the last one dies."""
+    """How often, between two checkpoints, dead workers are replaced, those that die with one node once together, those that die of a prompt not at all; after that the run goes on with the others, and stops when the last one dies and none is on its way."""
     fatal_prompt_limit: NonNegativeInt = 3
     """How many prompts of which workers die, again and again, are given up between two checkpoints; one more ends the run."""
 

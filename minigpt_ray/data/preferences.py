@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ RIGHT = -1
 Counts = Counter[str]
 """What became of prompts and answers, by the names of COUNTED."""
 
-INDIFFERENT = ("placement", "prompts_per_batch", "restart_limit")
+INDIFFERENT = ("placement", "prompts_per_batch", "restart_limit", "generator.restart_limit", "generator.fatal_prompt_limit")
 """Fields of the configuration that the pairs do not depend on, besides where they are written."""
 COUNTED = (
     "prompts",
@@ -194,40 +195,51 @@ class PairFile:
     """preferences.jsonl, held_out.jsonl and manifest.json of a directory that is whole or not there.
 
     Until it is whole, the pairs of each prompt are kept in a file beside it, so that a job which follows one that ended before need not
-    answer again. Raises DataError when the directory is there and was made by another configuration, or of the answers of another model.
+    answer again. Raises DataError when the directory, or that file, was made by another configuration or other models.
     """
 
-    def __init__(self, directory: Path, config: GeneratePreferencesConfig, model: str) -> None:
-        """`model`: directory or hub id of the model that answers."""
+    def __init__(self, directory: Path, config: GeneratePreferencesConfig, model: str, judges: Mapping[str, str] = MappingProxyType({})) -> None:
+        """`model`: directory or hub id of the model that answers; `judges`: those of the models that score its answers, by `rewards.<name>`."""
         self.directory, self.config = directory, config
         self.counts: Counts = Counter()
         self._pairs: dict[int, tuple[Prompt, list[Pair]]] = {}
-        self._kept = directory.with_name(f".{directory.name}.jsonl")
-        self._inputs = {f"the model {config.model}": _fingerprint(model)}
+        self.kept = directory.with_name(f".{directory.name}.jsonl")
+        """The pairs of each prompt, until all are there."""
+        self._inputs = {f"the model {config.model}": _fingerprint(model), **{f"the model of {name}": _fingerprint(path) for name, path in judges.items()}}
         self.is_complete = directory.exists()
         if self.is_complete:
             check_unchanged(directory, config, self._inputs, INDIFFERENT)
+            self.kept.unlink(missing_ok=True)  # of a job that was killed after its last word
 
-    def left(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """The prompts of which no earlier job of this configuration, model and prompts has kept the pairs; those of the others are taken over."""
+    def take_over(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The pairs that an earlier job of this configuration, these models and prompts has kept; the prompts that are left.
+
+        Raises DataError when what is kept was made of something else.
+        """
         digest = xxhash.xxh3_128_hexdigest(json.dumps([[prompt.serial, prompt.messages, prompt.answer] for prompt in prompts], default=str).encode())
         header = json.dumps({"config": relevant(self.config, INDIFFERENT), "inputs": self._inputs, "prompts": digest}) + "\n"
-        lines = self._kept.read_text(encoding="utf-8").splitlines(keepends=True) if self._kept.is_file() else []
-        kept = [line for line in lines[1:] if line.endswith("\n")] if lines[:1] == [header] else []  # the last line of a killed job may be torn
+        lines = self.kept.read_text(encoding="utf-8").splitlines(keepends=True) if self.kept.is_file() else []
+        kept = [line for line in lines[1:] if line.endswith("\n")]  # the last line of a killed job may be torn
+        if kept and lines[0] != header:
+            raise DataError(
+                f"{self.kept} has the pairs of {len(kept)} prompts that were made by another configuration, other models or of other prompts; "
+                "give the command that began them, or remove the file"
+            )
         with self._keeping():
-            self._kept.parent.mkdir(parents=True, exist_ok=True)
-            partial = self._kept.with_name(f"{self._kept.name}.partial")
+            self.kept.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.kept.with_name(f"{self.kept.name}.partial")
             partial.write_text(header + "".join(kept), encoding="utf-8")
-            partial.replace(self._kept)
+            partial.replace(self.kept)
         by_serial = {prompt.serial: prompt for prompt in prompts}
         for row in map(json.loads, kept):
-            self._take(by_serial[row["serial"]], row["pairs"], Counter(row["counts"]))
+            if row["serial"] not in self._pairs:
+                self._take(by_serial[row["serial"]], row["pairs"], Counter(row["counts"]))
         return [prompt for prompt in prompts if prompt.serial not in self._pairs]
 
     def add(self, prompt: Prompt, pairs: list[Pair], counts: Counts) -> None:
         """The pairs of one prompt; in which order prompts come makes no difference."""
         self._take(prompt, pairs, counts)
-        with self._keeping(), self._kept.open("a", encoding="utf-8") as file:
+        with self._keeping(), self.kept.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"serial": prompt.serial, "pairs": pairs, "counts": counts}) + "\n")
 
     def _take(self, prompt: Prompt, pairs: list[Pair], counts: Counts) -> None:
@@ -239,11 +251,12 @@ class PairFile:
         try:
             yield
         except OSError as error:
-            raise DataError(f"{error.strerror} while writing {self._kept}; what is there is kept: make room, and give the same command again") from error
+            raise DataError(f"{error.strerror} while writing {self.kept}; what is there is kept: make room, and give the same command again") from error
 
     def write(self) -> None:
         """Raises DataError when there is no pair at all."""
         if not self.counts["pairs"]:
+            self.kept.unlink(missing_ok=True)
             raise DataError(
                 f"no two of {self.counts['answers']} answers to {self.counts['prompts']} prompts make a pair: all answers to a prompt are alike to the rewards; "
                 "raise sampling.temperature or sampling.n, lower min_margin, choose other prompts or another reward"
@@ -263,7 +276,7 @@ class PairFile:
             for name, pairs in rows.items():
                 (written / f"{name}.jsonl").write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
             commit(written, self.directory, manifest)
-        self._kept.unlink(missing_ok=True)
+        self.kept.unlink(missing_ok=True)
 
 
 def _fingerprint(model: str) -> str:

@@ -64,8 +64,12 @@ def provenance(files: Iterable[Path]) -> str:
 
 
 def relevant(config: JobConfig, indifferent: Collection[str] = ()) -> dict[str, Any]:
-    """The part of the config that the data depends on: not where it is written, nor what is indifferent."""
-    return config.model_dump(mode="json", exclude={"run", "output_dir", *indifferent})
+    """The part of the config that the data depends on: not where it is written, nor what is indifferent, a field, or one of a section, `section.field`."""
+    tree = config.model_dump(mode="json", exclude={"run", "output_dir"})
+    for name in indifferent:
+        section, _, field = name.rpartition(".")
+        (tree[section] if section else tree).pop(field)
+    return tree
 
 
 def sha256_of(path: Path) -> str:

@@ -35,7 +35,7 @@ def test_what_a_lost_worker_held_goes_to_the_others_before_all_else() -> None:
     dispatch = Dispatch(range(4), capacity=4)
     handed(dispatch, 1, 2)
     dispatch.finish(1, 0, now=1.0)
-    dispatch.lost(1)
+    dispatch.lost(1, now=2.0)
     assert handed(dispatch, 2) == {2: [2]}
     assert dispatch.open == {1, 2, 3}
 
@@ -96,7 +96,7 @@ def test_every_prompt_is_answered_once_whatever_happens(seed: int) -> None:
             lost = chance.choice(list(at_work))
             del at_work[lost]
             leaving.discard(lost)
-            dispatch.lost(lost)
+            dispatch.lost(lost, now, blameless=True)
         elif event < 0.2 and len(at_work) - len(leaving) > 1:
             leaving.add(chance.choice(list(at_work)))
         for worker in leaving:
@@ -115,7 +115,7 @@ def test_every_prompt_is_answered_once_whatever_happens(seed: int) -> None:
 
 
 def answer_all(dispatch: Dispatch, fatal: set[int], workers: int) -> tuple[list[int], list[int], int, int]:
-    """Engines that compute what they are told, all of a worker's at once, and die with fatal prompts among them: positions answered, given up, deaths, rounds."""
+    """Engines that die when they are told a fatal prompt, and compute others as many as fit at once: positions answered, given up, deaths, rounds."""
     at_work: dict[int, list[int]] = {worker: [] for worker in range(workers)}
     answered: list[int] = []
     given_up: list[int] = []
@@ -127,14 +127,13 @@ def answer_all(dispatch: Dispatch, fatal: set[int], workers: int) -> tuple[list[
             told = dispatch.orders(worker)
             at_work[worker] = [position for position in at_work[worker] if position not in told.dropped] + told.new
             begun = at_work[worker][: dispatch.capacity]
-            if fatal & set(begun):
+            if fatal & set(at_work[worker]):
                 del at_work[worker]
                 at_work[max(at_work, default=0) + 1 + worker] = []
                 deaths += 1
-                died_of = dispatch.lost(worker).fatal
+                died_of = dispatch.lost(worker, float(rounds)).fatal
                 if died_of is not None:
                     given_up.append(died_of)
-                    dispatch.finish(worker, died_of, float(rounds))
                 continue
             at_work[worker] = at_work[worker][dispatch.capacity :]
             answered += [position for position in begun if dispatch.finish(worker, position, float(rounds))]
@@ -143,9 +142,10 @@ def answer_all(dispatch: Dispatch, fatal: set[int], workers: int) -> tuple[list[
 
 
 @pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("capacity", [32, 256])
 @pytest.mark.parametrize("fatal", [{0}, {17}, {255}, {3, 200}, set(range(5))])
-def test_the_prompts_of_which_workers_die_are_found_with_few_deaths_and_all_others_are_answered(workers: int, fatal: set[int]) -> None:
-    answered, given_up, deaths, rounds = answer_all(Dispatch(range(256), capacity=256), fatal, workers)
+def test_the_prompts_of_which_workers_die_are_found_with_few_deaths_and_all_others_are_answered(workers: int, capacity: int, fatal: set[int]) -> None:
+    answered, given_up, deaths, rounds = answer_all(Dispatch(range(256), capacity), fatal, workers)
     assert set(given_up) == fatal and sorted(answered) == sorted(set(range(256)) - fatal)
     assert len(answered) == len(set(answered))
     assert deaths <= 5 * len(fatal) and rounds <= 40 * len(fatal)
@@ -153,27 +153,35 @@ def test_the_prompts_of_which_workers_die_are_found_with_few_deaths_and_all_othe
 
 def test_prompts_that_were_with_one_death_alone_are_no_suspects() -> None:
     dispatch = Dispatch(range(8), capacity=8)
-    dispatch.balance([1], now=0.0)
-    dispatch.orders(1)
-    assert dispatch.lost(1) == (None, False)
-    dispatch.balance([2], now=1.0)
-    assert dispatch.orders(2).new == list(range(8))
-    assert dispatch.lost(2) == (None, True)
+    for worker, known in ((1, False), (2, True)):
+        dispatch.balance([worker], now=0.0)
+        assert dispatch.orders(worker).new == list(range(8)) and not dispatch.holds_suspects(worker)
+        assert dispatch.lost(worker, now=1.0) == (None, known)
     dispatch.balance([3], now=2.0)
-    assert dispatch.orders(3).new == [0]
+    assert dispatch.orders(3).new == [0] and dispatch.holds_suspects(3)
 
 
-def test_a_prompt_of_which_a_dead_worker_had_not_heard_or_that_it_had_not_begun_is_no_suspect() -> None:
+def test_a_death_with_another_reason_and_a_prompt_of_which_the_dead_had_not_heard_do_not_count() -> None:
+    dispatch = Dispatch([0], capacity=1)
+    for worker in range(4):
+        dispatch.balance([worker], now=0.0)
+        assert dispatch.lost(worker, now=0.0) == (None, False)  # before it was told anything
+    for worker in range(4, 8):
+        dispatch.balance([worker], now=0.0)
+        dispatch.orders(worker)
+        assert dispatch.lost(worker, now=0.0, blameless=True) == (None, False)  # its node went
+    for worker, fatal in ((8, None), (9, None), (10, 0)):
+        dispatch.balance([worker], now=0.0)
+        dispatch.orders(worker)
+        assert dispatch.lost(worker, now=0.0).fatal == fatal
+    assert not dispatch.open
+
+
+def test_an_answer_that_comes_after_its_worker_was_given_up_ends_the_wait_for_another() -> None:
     dispatch = Dispatch([0, 1], capacity=1)
     dispatch.balance([1], now=0.0)
-    for worker in (1, 2, 3):
-        assert dispatch.lost(worker).fatal is None  # before it was told anything
-        dispatch.balance([worker + 1], now=0.0)
-    dispatch.orders(4)
-    for worker in (4, 5):
-        assert dispatch.lost(worker).fatal is None
-        dispatch.balance([worker + 1], now=0.0)
-        dispatch.orders(worker + 1)
-    assert dispatch.lost(6) == (0, True) and dispatch.open == {0, 1}
-    dispatch.balance([7], now=0.0)
-    assert dispatch.orders(7).new == [1]
+    dispatch.orders(1)
+    dispatch.lost(1, now=1.0)
+    assert dispatch.finish(1, 0, now=1.0)
+    dispatch.balance([2], now=2.0)
+    assert dispatch.orders(2).new == [1] and dispatch.finish(2, 1, now=3.0) and not dispatch.holds(2) and not dispatch.open

@@ -22,7 +22,7 @@ from ray._private.parameter import RayParams
 from actors import pool
 from actors.generator import Generation, Generator
 from actors.generator_worker import GeneratorWorker
-from actors.group import Rank
+from actors.group import OutOfRestarts, Rank
 from actors.parent import RESTARTS
 from actors.placement import Cluster
 from minigpt_ray.config import GeneratorConfig, GeneratorPlacement, PlacementConfig, SamplingConfig
@@ -159,6 +159,26 @@ def test_a_worker_that_cannot_start_in_the_place_of_another_counts_as_one_that_d
     assert tokens(generator.generate(PROMPTS, SAMPLING)) == elastic.alone
     assert not built and generator.restarts == before + 2
     generator.refill()
+
+
+def test_the_last_workers_death_waits_for_a_newcomer_and_ends_the_job_when_that_cannot_start(elastic: Elastic, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = elastic.generator
+    monkeypatch.setattr(generator, "_restarts_left", 0)
+    generator.resize(2)
+    os.kill(elastic.pids[0], signal.SIGKILL)
+    assert tokens(generator.generate(PROMPTS, SAMPLING)) == elastic.alone  # the newcomer answers
+    assert "generator.restart_limit is used up until the next checkpoint; the job goes on with 1" in elastic.said[-2] and generator.size == 1
+
+    monkeypatch.setattr(generator, "_build", no_model)
+    generator.resize(2)
+    os.kill(elastic.pids[0], signal.SIGKILL)
+    with pytest.raises(OutOfRestarts, match=r"processes of generator died more often than generator\.restart_limit allows"):
+        generator.generate(PROMPTS, SAMPLING)
+    monkeypatch.undo()
+    generator.refill()
+    generator.resize(1)
+    generator.ready()
+    assert tokens(generator.generate(PROMPTS, SAMPLING)) == elastic.alone
 
 
 def test_a_worker_that_dies_while_it_leaves_is_not_replaced(elastic: Elastic) -> None:

@@ -31,6 +31,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", choices=list(FAULTS), help="kinds of faults; default: all of the form")
     arguments = parser.parse_args()
 
+    strangers = [name for name in arguments.only or () if FAULTS[name].form != arguments.form]
+    if strangers:
+        parser.error(f"--form {arguments.form} has nothing to do {', '.join(strangers)} to; give --form {FAULTS[strangers[0]].form}")
     directory = arguments.directory / arguments.form
     world = World(directory, arguments.steps, *FORMS[arguments.form])
     ledger = Ledger(arguments.ledger or directory / "ledger.jsonl")

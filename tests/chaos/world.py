@@ -79,7 +79,7 @@ class World:
     """A directory of runs that all begin alike."""
 
     def __init__(self, home: Path, steps: int, *options: str) -> None:
-        """What is there already is used again; `options` of all runs; the undisturbed one has its roles in one process all the same."""
+        """What is there already is used again; `options` of all runs; without any, the undisturbed one has its roles in one process all the same."""
         self.home, self.steps, self.options = home.resolve(), steps, options
         self.server = RewardServer()
         start = self.home / "undisturbed"

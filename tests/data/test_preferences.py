@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from minigpt_ray.cli import ConfigError, read_config
-from minigpt_ray.config import GeneratePreferencesConfig, PromptsConfig
+from minigpt_ray.config import GeneratePreferencesConfig, GeneratorConfig, PromptsConfig
 from minigpt_ray.data.preferences import COUNTED, Answer, Answers, PairFile, is_held_out, load_right_answers, make_pairs
 from minigpt_ray.data.prompts import load_prompts
 from minigpt_ray.data.rows import DataError
@@ -174,29 +174,34 @@ def test_a_job_that_follows_a_killed_one_takes_over_what_it_had(tmp_path: Path) 
         return PairFile(tmp_path / name, config, model)
 
     whole = begun("whole")
-    assert answered(whole, whole.left(prompts)).counts["prompts"] == 6
+    assert answered(whole, whole.take_over(prompts)).counts["prompts"] == 6
     whole.write()
 
     killed = begun("killed")
-    answered(killed, killed.left(prompts)[3:])
+    answered(killed, killed.take_over(prompts)[3:])
     kept = tmp_path / ".killed.jsonl"
     kept.write_text(kept.read_text() + '{"serial": 0, "pai')  # torn
     next_one = begun("killed")
-    assert [asked.serial for asked in next_one.left(prompts)] == [0, 1, 2]
+    assert [asked.serial for asked in next_one.take_over(prompts)] == [0, 1, 2]
     answered(next_one, prompts[:2])
     last = begun("killed")
-    left = last.left(prompts)
+    left = last.take_over(prompts)
     assert [asked.serial for asked in left] == [2] and last.counts["prompts"] == 5
     answered(last, left).write()
     for path in (tmp_path / "whole").glob("*.json*"):
         assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes()
     assert not list(tmp_path.glob(".*"))
 
-    answered(begun("other"), [])
-    for file in (begun("other", config.model_copy(update={"min_margin": 0.5})), begun("other", model="another/model"), begun("other")):
-        assert len(file.left(prompts)) == 6  # the one before was of another configuration or model
-        answered(file, prompts[:1])
-    assert len(begun("other").left(prompts[:5])) == 5 and len(begun("other").left(prompts)) == 6
+    file = begun("other")
+    answered(file, file.take_over(prompts)[:1])
+    more_deaths = config.model_copy(update={"restart_limit": 9, "generator": GeneratorConfig(restart_limit=9, fatal_prompt_limit=9)})
+    assert len(begun("other", more_deaths).take_over(prompts)) == 5
+    for another in (begun("other", config.model_copy(update={"min_margin": 0.5})), begun("other", model="another/model")):
+        with pytest.raises(DataError, match=r"\.other\.jsonl has the pairs of 1 prompts that were made by another configuration, other models or of other"):
+            another.take_over(prompts)
+    with pytest.raises(DataError, match="give the command that began them, or remove the file"):
+        begun("other").take_over(prompts[:5])
+    assert len(begun("other").take_over(prompts)) == 5  # nothing is lost
 
 
 def test_a_model_that_was_trained_again_is_another(tmp_path: Path) -> None:
