@@ -15,7 +15,7 @@ import psutil
 
 from tests.chaos.faults import FAULTS
 from tests.chaos.world import Job, World
-from tests.jobs.runs import GAPS, Finished, different_tokens, numbers
+from tests.jobs.runs import CHECKOUT, GAPS, Finished, different_tokens, numbers
 
 CALLS = "reward_calls/"
 """Counters of retries."""
@@ -85,7 +85,7 @@ def play(world: World, undisturbed: Finished, number: int, moments: Sequence[Seq
 def _line(name: str, output: str) -> str:
     """What the job says of a fault of this kind; empty when nothing."""
     line = re.search(f"^.*{FAULTS[name].said}.*$", output, re.MULTILINE)
-    return line[0].strip() if line else ""
+    return line[0].strip().replace(f"{CHECKOUT}/", "") if line else ""
 
 
 def _inject(name: str, job: Job, random: Random) -> bool:
