@@ -8,22 +8,9 @@ from changes), checkpoint/ and model/, which `init_from: pretrain` and `AutoMode
 """
 
 from actors.parent import keep_running
-from minigpt_ray.cli import load_config, one_sentence
+from actors.supervised_job import train
+from minigpt_ray.cli import load_config
 from minigpt_ray.config import PretrainConfig
-
-
-def train(config: PretrainConfig) -> None:
-    """Train from the newest checkpoint (checkpoint.resume=auto) or from the beginning; ends with a sentence where that cannot be."""
-    from actors.stage_inputs import prepare
-
-    with one_sentence():
-        ready = prepare(config)
-
-    from actors.supervised import SENTENCES, fit  # imports torch, for which what is refused above does not wait
-
-    with one_sentence(SENTENCES):
-        fit(ready)
-
 
 if __name__ == "__main__":
     keep_running(train, load_config(PretrainConfig))
