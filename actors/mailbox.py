@@ -25,6 +25,8 @@ class Started:
     name: str
     place: Any
     """Whereabouts, for the watchdog."""
+    process: dict[str, Any]
+    """Rank, host, pid and device, for processes.json."""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from actors.prometheus import sinks
 from actors.stage_inputs import Ready, StageError
 from actors.supervised_rank import num_steps
 from actors.watchdog import START_SECONDS, Whereabouts, collective_timeout, end_hung_processes
+from minigpt_ray.checkpoint import write_json_atomic
 from minigpt_ray.cli import resolved, write_resolved
 from minigpt_ray.config import ExamplesConfig, RolePlacement
 from minigpt_ray.data.prepared import provenance
@@ -114,7 +115,7 @@ def fit(ready: Ready) -> Path:
         if baseline and not ready.start:
             tracker.log(0, baseline)
         with ThreadPoolExecutor(1) as threads:
-            delivery = threads.submit(_deliver, mailbox, tracker, config.hang_after_s)
+            delivery = threads.submit(_deliver, mailbox, tracker, ready.directory, config.hang_after_s)
             try:
                 _train(ready, stored, mailbox)
             finally:
@@ -202,14 +203,15 @@ def _trainer(ready: Ready, stored: Mapping[str, Path], mailbox: Any) -> TorchTra
     )
 
 
-def _deliver(mailbox: Any, tracker: Tracker, hang_after_s: float) -> Stopped:
-    """Pass messages on to the tracker until there are no more. When that fails, the mailbox goes, and with it the workers.
+def _deliver(mailbox: Any, tracker: Tracker, directory: Path, hang_after_s: float) -> Stopped:
+    """Pass messages on to the tracker until there are no more, and keep processes.json of the stage's directory. When that fails, the mailbox goes, and with it the workers.
 
     When there is none for `hang_after_s`, while workers start at least for START_SECONDS, they hang and are ended.
     """
     done = begun = 0
     saved = False
     workers: dict[str, Whereabouts] = {}
+    processes: dict[int, dict[str, Any]] = {}
     patience = starting = max(hang_after_s, START_SECONDS)
     try:
         while True:
@@ -221,6 +223,11 @@ def _deliver(mailbox: Any, tracker: Tracker, hang_after_s: float) -> Stopped:
             for message in messages:
                 if isinstance(message, Started):
                     workers[message.name], patience = message.place, starting
+                    processes[message.process["rank"]] = message.process
+                    with writing(directory / "processes.json"):
+                        write_json_atomic(
+                            directory / "processes.json", {"driver": os.getpid(), "roles": {"workers": [processes[rank] for rank in sorted(processes)]}}
+                        )
                 if isinstance(message, Stopped):
                     return message
                 if isinstance(message, Logged):

@@ -62,7 +62,9 @@ def train(ready: Ready, stored: Mapping[str, Path], mailbox: Any) -> None:
     """What every Ray Train worker does; rank 0 is the one that sends."""
     keep_stacks_at_hand()
     outlast(ready.config.hang_after_s)
-    ray.get(mailbox.put.remote(Started(f"{ready.config.stage} worker {dist.get_rank()} of {dist.get_world_size()}", Whereabouts.mine())))
+    place, device = Whereabouts.mine(), torch.cuda.get_device_name() if ready.config.gpus_per_worker else "cpu"
+    process = {"rank": dist.get_rank(), "host": place.address, "pid": place.pid, "device": device}
+    ray.get(mailbox.put.remote(Started(f"{ready.config.stage} worker {dist.get_rank()} of {dist.get_world_size()}", place, process)))
     sender = Sender(mailbox) if dist.get_rank() == 0 else None
     settle_in(ready.config)
     windows, validation = read(ready, stored, Pulse(mailbox))

@@ -249,9 +249,9 @@ def status_table(seen: Seen) -> Table:
 
 
 def _measured(role: str, row: Mapping[str, float]) -> tuple[str, str, str, str]:
-    """Memory of all processes of a role, response tokens per second in which it computes, idle share, restarts."""
+    """Memory of all processes of a role, response tokens per second in which it computes, idle share, restarts; of a supervised stage's workers the last alone."""
     if f"time/idle_share/{role}" not in row:
-        return "", "", "", ""
+        return "", "", "", f"{row[f'restarts/{role}']:.0f}" if f"restarts/{role}" in row else ""
     idle = row[f"time/idle_share/{role}"]
     speed = f"{row['train/tokens_per_second'] / (1 - idle):,.0f}" if idle < 1 else ""
     return f"{row[f'memory/{role}_gib']:.2f}", speed, f"{idle:.0%}", f"{row[f'restarts/{role}']:.0f}"

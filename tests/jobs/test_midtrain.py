@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from minigpt_ray.models import build_causal, export
+from minigpt_ray.status import look, status_table
 from minigpt_ray.tokenizer import train_tokenizer
 from minigpt_ray.tracking import read_metrics
 from tests.jobs.runs import title
@@ -126,6 +127,8 @@ def test_a_run_that_lost_a_worker_was_stopped_and_killed_has_the_course_of_one_t
     wait_for_rows(job, stage, (stage / "metrics.jsonl").read_text().count("\n") + 5)
     worker_of(job).kill()
     output, resumed = course_of(job, stage)
+    role, rank, _, pid, *_, restarts = [list(column.cells) for column in status_table(look(output_dir / "broken")).columns]
+    assert (role, rank, restarts) == (["workers"], ["0"], ["0"]) and int(pid[0]) > 0
     assert re.search(r"the driver \(process \d+\) lost Ray, or a role \(code 1\); restart 1 of 3, from the newest checkpoint", output)
     assert [row["restarts/driver"] for row in read_metrics(stage / "metrics.jsonl") if "restarts/driver" in row][-1] == 1
     assert "midtrain goes on after step" in output and f"goes on after step {stopped}:" not in output
