@@ -57,7 +57,7 @@ def test_answers_become_pairs_although_the_driver_is_killed_and_a_second_call_fi
     arguments = [f"output_dir={home}", "generator.backend=transformers", "rewards.codes.kind=function", "rewards.codes.function=a_users_rewards:codes"]
     said = killed_in_the_middle(home / "debug", *arguments, "prompts_per_batch=4", path=str(home))
     assert re.search(r"the driver \(process \d+\) was killed by SIGKILL; restart 1 of 3, with the prompts that are left", said)
-    assert re.search(rf"\d+ of {NUM_PROMPTS} prompts were answered before; the job goes on with the others", said)
+    assert re.search(rf"\d+ of {NUM_PROMPTS} prompts were answered and scored before; the job goes on with the others", said)
     directory = home / "debug" / "generate_preferences"
     rows = {name: [json.loads(line) for line in (directory / f"{name}.jsonl").read_text().splitlines()] for name in ("preferences", "held_out")}
     pairs = rows["preferences"] + rows["held_out"]
