@@ -1,4 +1,4 @@
-"""Who answers which prompts: all are handed out at once and evenly, then moved when a worker has nothing left to do.
+"""Who answers which prompts: all are handed out at once and evenly, the longest first, then moved when a worker has nothing left to do.
 
 Nothing here knows a process. A worker is a number, a prompt its position; the samples of a prompt stay together, so that
 its tokens are read once. Whoever answers, the answer is the same, which is why a prompt may be moved, or given to two.
@@ -17,6 +17,27 @@ SUSPECT_DEATHS = 2
 """Workers that died with a prompt, before it is a suspect."""
 NARROWER = 8
 """Suspects are answered together in groups that are so many times smaller than the one that died last, so few deaths find the guilty one."""
+
+
+MEMORY = 0.9
+"""Weight of what was known of a source beside its next response."""
+
+
+class Lengths:
+    """How long a response is expected to be: as the newest ones to prompts of the same source were."""
+
+    def __init__(self) -> None:
+        self._mean: dict[str, float] = {}
+        """Source -> tokens, an exponential mean."""
+
+    def see(self, source: str, tokens: int) -> None:
+        """A response to a prompt of a source had so many tokens."""
+        self._mean[source] = MEMORY * self._mean.get(source, tokens) + (1 - MEMORY) * tokens
+
+    def longest_first(self, prompts: Sequence[tuple[str, int]], chunk: int) -> list[int]:
+        """Positions of prompts, each a source and its own tokens: chunk by chunk, in a chunk the longest response first, which one of an unknown source may be; of equals the longest prompt."""
+        expected = [(self._mean.get(source, math.inf), tokens) for source, tokens in prompts]
+        return sorted(range(len(prompts)), key=lambda position: (position // chunk, -expected[position][0], -expected[position][1]))
 
 
 class Death(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from actors.dispatch import SLOW, SLOW_SECONDS, Dispatch
+from actors.dispatch import SLOW, SLOW_SECONDS, Dispatch, Lengths
 from actors.generator_worker import Answer, Completion, GeneratorWorker, Order, Received, Request, sampling_seed
 from actors.group import RoleLost, Timed, by_reference, get_all, has_died
 from actors.placement import Cluster
@@ -84,6 +84,7 @@ class Generator(Pool[GeneratorWorker]):
         self.received: list[Received] = []
         self.meter = Meter()
         self._loading: dict[Any, Worker] = {}
+        self.lengths = Lengths()
         self._orders = 0
         self._given_up: set[bytes] = set()
         self._fatal_prompts_left = config.fatal_prompt_limit
@@ -345,8 +346,8 @@ class Generation:
     def __init__(self, generator: Generator, prompts: Sequence[Prompt], sampling: SamplingConfig, chunk: int) -> None:
         self.generator, self.prompts, self.sampling = generator, prompts, sampling
         self.orders = generator.orders(prompts, sampling)
-        # Chunk by chunk, so that the first can be scored early; within it the longest prompt first: nothing else is known of how long it takes.
-        longest_first = sorted(range(len(prompts)), key=lambda place: (place // chunk, -len(prompts[place].token_ids)))
+        # Chunk by chunk, so that the first can be scored early.
+        longest_first = generator.lengths.longest_first([(prompt.source, len(prompt.token_ids)) for prompt in prompts], chunk)
         self.given_up = [position for position in longest_first if generator.is_given_up(prompts[position])]
         self.dispatch = Dispatch([position for position in longest_first if position not in self.given_up], generator.capacity(sampling))
         self.calls: dict[Any, Worker] = {}
@@ -408,6 +409,8 @@ class Generation:
         for number, answers in timed.value:
             position = number - self.orders[0].number
             if self.dispatch.finish(worker.number, position, time.monotonic()):
+                for answer in answers:
+                    self.generator.lengths.see(self.prompts[position].source, len(answer.completion.token_ids))
                 yield position, answers
 
     def _lose(self, worker: Worker, death: Exception) -> Iterator[tuple[int, list[Answer]]]:

@@ -4,13 +4,27 @@ import random
 
 import pytest
 
-from actors.dispatch import SLOW_SECONDS, Dispatch
+from actors.dispatch import SLOW_SECONDS, Dispatch, Lengths
 
 
 def handed(dispatch: Dispatch, *workers: int) -> dict[int, list[int]]:
     """What each is told, after a balance among all of them."""
     dispatch.balance(workers, now=0.0)
     return {worker: dispatch.orders(worker).new for worker in workers}
+
+
+def test_prompts_of_the_source_with_the_longest_responses_go_first_then_the_longest_prompts() -> None:
+    lengths, prompts = Lengths(), [("sums", 5), ("proofs", 3), ("sums", 9), ("proofs", 8), ("sums", 1), ("poems", 2)]
+    assert lengths.longest_first(prompts, chunk=6) == [2, 3, 0, 1, 5, 4]  # nothing is known but the prompts
+    for tokens in (10, 12):
+        lengths.see("sums", tokens)
+        lengths.see("proofs", 20 * tokens)
+    assert lengths.longest_first(prompts, chunk=6) == [5, 3, 1, 2, 0, 4]  # a poem may be of any length
+    assert lengths.longest_first(prompts, chunk=3) == [1, 2, 0, 5, 3, 4]
+    for _ in range(40):
+        lengths.see("proofs", 1)
+    lengths.see("poems", 5)
+    assert lengths.longest_first(prompts, chunk=6) == [2, 0, 4, 5, 3, 1]  # what is newer counts more
 
 
 def test_one_worker_gets_everything_at_once_in_the_given_order() -> None:
