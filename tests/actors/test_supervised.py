@@ -458,7 +458,7 @@ def test_rows_are_on_the_disk_once_a_worker_may_save(mailbox, tmp_path, monkeypa
     synced, fsync = [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))), fsync(handle)))
     with Tracker(tmp_path, "sft", {}, LoggingConfig(), 9) as tracker, ThreadPoolExecutor(1) as threads:
-        delivery = threads.submit(_deliver, mailbox, tracker, 60)
+        delivery = threads.submit(_deliver, mailbox, tracker, tmp_path, 60)
         sender = Sender(mailbox)
         sender.send(Logged(1, [{"train/epoch": 0.5}]))
         sender.settle()
