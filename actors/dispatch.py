@@ -17,8 +17,6 @@ SUSPECT_DEATHS = 2
 """Workers that died with a prompt, before it is a suspect."""
 NARROWER = 8
 """Suspects are answered together in groups that are so many times smaller than the one that died last, so few deaths find the guilty one."""
-
-
 MEMORY = 0.9
 """Weight of what was known of a source beside its next response."""
 
@@ -36,8 +34,8 @@ class Lengths:
 
     def longest_first(self, prompts: Sequence[tuple[str, int]], chunk: int) -> list[int]:
         """Positions of prompts, each a source and its own tokens: chunk by chunk, in a chunk the longest response first, which one of an unknown source may be; of equals the longest prompt."""
-        expected = [(self._mean.get(source, math.inf), tokens) for source, tokens in prompts]
-        return sorted(range(len(prompts)), key=lambda position: (position // chunk, -expected[position][0], -expected[position][1]))
+        expected = [(-self._mean.get(source, math.inf), -tokens) for source, tokens in prompts]
+        return sorted(range(len(prompts)), key=lambda position: (position // chunk, expected[position]))
 
 
 class Death(NamedTuple):

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from actors.attempts import RewardError
-from actors.generator import FatalPrompts, Generator
+from actors.fatal_prompts import FatalPrompts
+from actors.generator import Generator
 from actors.group import OutOfRestarts, gather
 from actors.rewards import Rewards
 from actors.weights import WeightsError

@@ -9,6 +9,7 @@ import numpy as np
 import ray
 
 from actors.dispatch import SLOW, SLOW_SECONDS, Dispatch, Lengths
+from actors.fatal_prompts import GivenUp
 from actors.generator_worker import Answer, Completion, GeneratorWorker, Order, Received, Request, sampling_seed
 from actors.group import RoleLost, Timed, by_reference, get_all, has_died
 from actors.placement import Cluster
@@ -25,18 +26,6 @@ CALLS_AHEAD = 2
 """Calls that a worker has at a time, so that it need not wait for the driver between two of them."""
 GIVEN_UP = Answer(Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), "failed"), "")
 """The answer to a prompt of which workers die."""
-EXCERPT = 80
-"""Characters of a prompt that name it."""
-
-
-class FatalPrompts(RuntimeError):
-    """Generator workers die of more prompts than may be given up."""
-
-    def __init__(self, named: str, limit: int) -> None:
-        super().__init__(
-            f"{named}; that is one more than generator.fatal_prompt_limit={limit} allows between two checkpoints: the cause stands in the workers' logs; "
-            "raise the limit and go on (PPO: with checkpoint.resume=auto), or take such prompts out of the data and begin another run"
-        )
 
 
 @dataclass
@@ -86,8 +75,7 @@ class Generator(Pool[GeneratorWorker]):
         self._loading: dict[Any, Worker] = {}
         self.lengths = Lengths()
         self._orders = 0
-        self._given_up: set[bytes] = set()
-        self._fatal_prompts_left = config.fatal_prompt_limit
+        self.given_up = GivenUp(config.fatal_prompt_limit)
         options = (config, max_model_len, tensor_parallel, seed, probe_tolerance)
         super().__init__(cluster, "generator", GeneratorWorker, path, *options, restarts=config.restart_limit)
         self._autoscaler = Autoscaler(self.placement)
@@ -293,24 +281,12 @@ class Generator(Pool[GeneratorWorker]):
         return [Order(first + place, tuple(Request(prompt.token_ids, seed) for seed in seeds[place])) for place, prompt in enumerate(prompts)]
 
     def give_up(self, prompt: Prompt) -> None:
-        """Ask nobody for an answer any more, since workers die of it; raises FatalPrompts after generator.fatal_prompt_limit between two checkpoints."""
-        self._given_up.add(prompt.token_ids.tobytes())
-        begin = str(prompt.messages[-1]["content"])[:EXCERPT]
-        named = f"generator workers die of a prompt of {prompt.source}, {len(prompt.token_ids)} tokens, that begins with {begin!r}"
-        if self._fatal_prompts_left == 0:
-            raise FatalPrompts(named, self._config.fatal_prompt_limit)
-        self._fatal_prompts_left -= 1
-        self._say(
-            f"{named}; it gets no answers from now on, and nothing is learnt from it ({self._fatal_prompts_left} more may be given up until the next checkpoint)"
-        )
-
-    def is_given_up(self, prompt: Prompt) -> bool:
-        """Whether workers died of the same tokens, since this driver began."""
-        return bool(self._given_up) and prompt.token_ids.tobytes() in self._given_up
+        """Ask nobody for an answer any more, since workers die of it; raises FatalPrompts."""
+        self._say(self.given_up.add(prompt))
 
     def refill(self) -> None:
         super().refill()
-        self._fatal_prompts_left = self._config.fatal_prompt_limit
+        self.given_up.refill()
 
     def capacity(self, sampling: SamplingConfig) -> int:
         """Prompts that a worker computes at a time."""
@@ -334,7 +310,7 @@ class Generator(Pool[GeneratorWorker]):
             "pool/generator/workers": float(self.meter.workers),
             "pool/generator/joined": float(self.joined),
             "pool/generator/left": float(self.left),
-            "pool/generator/fatal_prompts": float(len(self._given_up)),
+            "pool/generator/fatal_prompts": float(len(self.given_up)),
             "pool/generator/idle_share": self.meter.idle_share,
             "pool/generator/queue_depth": self.meter.queue_depth,
         }
@@ -348,7 +324,7 @@ class Generation:
         self.orders = generator.orders(prompts, sampling)
         # Chunk by chunk, so that the first can be scored early.
         longest_first = generator.lengths.longest_first([(prompt.source, len(prompt.token_ids)) for prompt in prompts], chunk)
-        self.given_up = [position for position in longest_first if generator.is_given_up(prompts[position])]
+        self.given_up = [position for position in longest_first if prompts[position] in generator.given_up]
         self.dispatch = Dispatch([position for position in longest_first if position not in self.given_up], generator.capacity(sampling))
         self.calls: dict[Any, Worker] = {}
         self.seconds: dict[int, float] = {}
@@ -420,7 +396,7 @@ class Generation:
         generator.replace(worker, death, by_a_prompt=seen_before)
         if fatal is not None:
             generator.give_up(self.prompts[fatal])
-            twins = [position for position in self.dispatch.open if generator.is_given_up(self.prompts[position])]
+            twins = [position for position in self.dispatch.open if self.prompts[position] in generator.given_up]
             for position in twins:
                 self.dispatch.close(position, now)
             yield from ((position, [GIVEN_UP] * self.sampling.n) for position in [fatal, *twins])

@@ -178,11 +178,11 @@ class Pool(Group[R]):
         if worker.leaving or worker.draining:  # nobody is to take its place, or somebody is on the way already
             self._leave(worker)
             return
-        died, node = f"{self._name(worker)} ({place_of(worker.host)}) died", worker.node or self.cluster.node_of(worker.host)
+        died, node = f"{self._name(worker)} ({place_of(worker.host)}) died", self._node_of(worker)
         is_gone = self.cluster.is_gone(node)
         if not by_a_prompt and not self._is_one_incident(worker, node, is_gone):
             if self._restarts_left == 0:
-                self._do_without(worker, died, death)
+                self._do_without(worker, f"{died}, and {self._setting} is used up until the next checkpoint", death)
                 return
             self._restarts_left -= 1
             self._incident = node, time.monotonic()
@@ -198,21 +198,28 @@ class Pool(Group[R]):
 
     def is_leaving_or_gone(self, worker: Worker) -> bool:
         """Whether a worker was about to end, or its node has."""
-        return worker.leaving or worker.draining or self.cluster.is_gone(worker.node or self.cluster.node_of(worker.host))
+        return worker.leaving or worker.draining or self.cluster.is_gone(self._node_of(worker))
+
+    def _node_of(self, worker: Worker) -> str:
+        return worker.node or self.cluster.node_of(worker.host)
 
     def _is_one_incident(self, worker: Worker, node: str, is_gone: bool) -> bool:
         """Whether a death has the cause of the one before: with the same node, which is gone, or soon after another one on it."""
         where, when = self._incident
         return bool(node) and node == where and (is_gone or (worker.started < when and time.monotonic() - when < INCIDENT_SECONDS))
 
-    def _do_without(self, worker: Worker, died: str, death: Exception) -> None:
-        """No restart is left; raises OutOfRestarts when no other worker is either, and none is on its way."""
-        limit = f"{self.role}.restart_limit"
-        if not self._coming and not self._wishes and not any(other is not worker and not other.leaving for other in self.workers):
-            raise OutOfRestarts(self.role, limit) from death
+    @property
+    def _setting(self) -> str:
+        """Name of the setting that says how often workers are replaced."""
+        return f"{self.role}.restart_limit"
+
+    def _do_without(self, worker: Worker, why: str, reason: Exception) -> None:
+        """Nobody takes a worker's place; raises OutOfRestarts when no other is left, and none is on its way."""
         self._end(worker)
         self.size -= 1
-        self._say(f"{died}, and {limit} is used up until the next checkpoint; the job goes on with {self.size}")
+        if not self._coming and not self._wishes and all(other.leaving for other in self.workers):
+            raise OutOfRestarts(self.role, self._setting) from reason
+        self._say(f"{why}; the job goes on with {self.size}")
 
     def name_of(self, index: int) -> str:
         return self._name(self.workers[index])
@@ -312,11 +319,7 @@ class Pool(Group[R]):
         except ray.exceptions.RayError as error:
             reason = first_line(error.cause if isinstance(error, ray.exceptions.RayTaskError) else error)
             if worker.newcomer:
-                self._end(worker)
-                self.size -= 1
-                if not self.workers and not self._coming and not self._wishes:
-                    raise OutOfRestarts(self.role, f"{self.role}.restart_limit") from error
-                self._say(f"a {self.role} worker that was to join could not start ({reason}); the job goes on with {self.size}")
+                self._do_without(worker, f"a {self.role} worker that was to join could not start ({reason})", error)
             elif self._was_ready or isinstance(error, ray.exceptions.RayActorError):
                 logger.warning("%s could not start (%s)", self._name(worker), reason)
                 self.replace(worker, error)

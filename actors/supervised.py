@@ -40,7 +40,7 @@ from actors.supervised_rank import num_steps
 from actors.watchdog import START_SECONDS, Whereabouts, collective_timeout, end_hung_processes
 from minigpt_ray.checkpoint import write_json_atomic
 from minigpt_ray.cli import resolved, write_resolved
-from minigpt_ray.config import ExamplesConfig, RolePlacement
+from minigpt_ray.config import ExamplesConfig
 from minigpt_ray.data.prepared import provenance
 from minigpt_ray.data.records import DataError
 from minigpt_ray.model_directory import ExportError
@@ -70,21 +70,8 @@ def fit(ready: Ready) -> Path:
     Raises SENTENCES, StageError among them when a loss is not finite or a disk is full, and RoleLost when workers died too often.
     """
     config, stage = ready.config, STAGES[ready.config.stage]
-    cpus = config.num_workers * config.cpus_per_worker
-    own = connect(None, cpus)
-    workers = RolePlacement(
-        ranks=config.num_workers,
-        cpus=config.cpus_per_worker,
-        gpus=config.gpus_per_worker,
-        resources=config.resources_per_worker,
-        labels=config.labels_per_worker,
-    )
-    preflight(
-        {stage.name: workers},
-        wait_seconds=config.wait_seconds,
-        own=own,
-        section="",
-    )
+    own = connect(None, config.workers.ranks * config.workers.cpus)
+    preflight({stage.name: config.workers}, wait_seconds=config.wait_seconds, own=own, section="")
     tokenizer = load_tokenizer(ready.tokenizer)
     stored = {name: prepare_windows(stage, config, files, tokenizer, ready.directory / "windows") for name, files in ready.sources.items()}
     windows, validation = Sources.load(stored, "train"), Sources.load(stored, "validation")

@@ -121,7 +121,7 @@ def per_process(config: PPOConfig | Answering) -> dict[str, float]:
     """
     tenants: dict[str, list[RoleMemory]] = {}
     for role in estimate(config):
-        tenants.setdefault(config.placement.home(role.name) if isinstance(config, PPOConfig) else role.name, []).append(role)
+        tenants.setdefault(role.name if role.own_processes else config.placement.home(role.name), []).append(role)
     found = {}
     for home, roles in tenants.items():
         if all(role.gib is not None for role in roles):

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from minigpt_ray.config.base import CheckpointConfig, Config, EngineConfig, LoggingConfig, OptimizerConfig, TrainingConfig, refuse_plain_bfloat16
+from minigpt_ray.config.placement import RolePlacement
 
 
 class ModelConfig(Config):
@@ -83,6 +84,13 @@ class SupervisedConfig(TrainingConfig):
     """Checkpoints."""
     logging: LoggingConfig = LoggingConfig(every=20)
     """Metrics."""
+
+    @property
+    def workers(self) -> RolePlacement:
+        """Where the workers run, as other jobs say it of a role."""
+        return RolePlacement(
+            ranks=self.num_workers, cpus=self.cpus_per_worker, gpus=self.gpus_per_worker, resources=self.resources_per_worker, labels=self.labels_per_worker
+        )
 
     @property
     def sources(self) -> Mapping[str, SourceConfig]:

@@ -22,7 +22,8 @@ from ray import cloudpickle
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LogitsProcessorList, MinPLogitsWarper, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
-from actors.generator import FatalPrompts, Generator
+from actors.fatal_prompts import FatalPrompts
+from actors.generator import Generator
 from actors.generator_worker import Answer, Completion, GeneratorEngine, GeneratorWorker, Key, Order, Request, sampling_seed
 from actors.group import OutOfRestarts, Rank
 from actors.placement import Cluster
