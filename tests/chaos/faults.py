@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ class Fault:
     inject: Callable[[Job, Random], bool]
     """Do it; False when nothing is there to do it to, at this moment."""
     said: str
-    """Regular expression of a line that the job prints afterwards."""
+    """Regular expression of a line that the job prints afterwards; empty where it has nothing to say."""
     ends: bool = False
     """The job ends of it, as it should, and the same command is given again."""
     form: str = "narrow"
@@ -109,12 +110,50 @@ def _server(how: str) -> Callable[[Job, Random], bool]:
     return inject
 
 
+def _power(name: str) -> Callable[[Job, Random], bool]:
+    def inject(job: Job, random: Random) -> bool:
+        host = job.world.hosts[name]
+        host.lose()
+        time.sleep(random.uniform(0, 30))
+        host.switch_on()
+        return True
+
+    return inject
+
+
+def _cut(name: str, least: float = 70, most: float = 100) -> Callable[[Job, Random], bool]:
+    """Nothing is killed: what runs on the host goes on, and finds out."""
+
+    def inject(job: Job, random: Random) -> bool:
+        host = job.world.hosts[name]
+        host.cut_off()
+        time.sleep(random.uniform(least, most))
+        host.cut_off(False)
+        return True
+
+    return inject
+
+
+def _blip(job: Job, random: Random) -> bool:
+    return _cut(random.choice(job.world.hosts.hosts).name, 2, 8)(job, random)
+
+
+def _raylet(job: Job, random: Random) -> bool:
+    host = random.choice(job.world.hosts.hosts[1:])
+    return _send(next((process.pid for process in host.processes() if process.name() == "raylet"), 0), signal.SIGKILL)
+
+
+def _rank(job: Job, random: Random) -> bool:
+    return _signal(random.choice(["policy", "critic"]), signal.SIGKILL)(job, random)
+
+
 WHERE = r"\(process \d+ on [\d.]+\)"
 REPEATED = rf"{{}} rank \d+ of \d+ {WHERE} died; the role is started again and the call repeated"
 REWOUND = rf"{{}} rank \d+ of \d+ {WHERE} died; the learners start again and go on after step"
 REPLACED = rf"generator worker \d+ {WHERE} died(, with prompts with which another one died)?; a new one takes its place"
 ENDED = r"{} \(process \d+ on [\d.]+, [\w-]+\) has been in .* for \d+ s and counts as dead"
 NEXT_DRIVER = r"the driver \(process \d+\) (was killed by SIG\w+|lost Ray, or a role \(code \d+\)); restart \d+ of 3, from the newest checkpoint"
+EITHER = REWOUND.format("(policy|critic)")
 GOES_ON = r"PPO goes on after step \d+"
 
 FAULTS = {
@@ -155,6 +194,16 @@ FAULTS = {
     "part": Fault("one of two parts of an engine, SIGKILL", _part(signal.SIGKILL), REPLACED, form="wide"),
     "part_hangs": Fault("one of two parts of an engine, SIGSTOP", _part(signal.SIGSTOP), ENDED.format(r"generator worker \d+"), form="wide"),
     "worker_of_two": Fault("one of two generator workers, SIGKILL", _signal("generator", signal.SIGKILL), REPLACED, form="wide"),
+    "host_generator": Fault("generator's host loses power and comes back", _power("mgr-generator"), REPLACED, form="hosts"),
+    "host_learner": Fault("host of a policy and a critic rank loses power and comes back", _power("mgr-learner"), EITHER, form="hosts"),
+    "host_head": Fault("head loses power and comes back; the same command again", _power("mgr-head"), GOES_ON, ends=True, form="hosts"),
+    "cut_generator": Fault("generator's host is cut off, until after Ray has given it up", _cut("mgr-generator"), REPLACED, form="hosts"),
+    "cut_learner": Fault("host of a policy and a critic rank is cut off, until after Ray has given it up", _cut("mgr-learner"), EITHER, form="hosts"),
+    "cut_head": Fault("head is cut off, until after Ray has given up the others", _cut("mgr-head"), f"{EITHER}|{REPLACED}", form="hosts"),
+    "blip": Fault("any host is cut off for 2 to 8 seconds", _blip, "", form="hosts"),
+    "raylet_of_host": Fault("Ray on a host without the head (raylet), SIGKILL", _raylet, f"{EITHER}|{REPLACED}", form="hosts"),
+    "rank_on_hosts": Fault("a policy or critic rank on any host, SIGKILL", _rank, EITHER, form="hosts"),
+    "driver_on_hosts": Fault("driver on the head, SIGKILL", _driver(signal.SIGKILL), NEXT_DRIVER, form="hosts"),
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 from minigpt_ray.tracking import read_metrics
 from tests.chaos.campaign import Entry, Ledger, deal, play
 from tests.chaos.faults import FAULTS, of_form
-from tests.chaos.world import World
+from tests.chaos.world import FORMS, RewardServer, World
 
 MOMENTS = (("reference", "reward_model"), ("generator", "function"), ("policy", "critic", "server_hangs"))
 ROLES = [role for moment in MOMENTS for role in moment]
@@ -16,7 +16,8 @@ ROLES = [role for moment in MOMENTS for role in moment]
 
 @pytest.mark.slow
 def test_a_run_outlives_a_process_of_every_role_with_the_numbers_of_one_that_lost_none(tmp_path: Path) -> None:
-    world = World(tmp_path, 10, "placement.colocate=[[critic, rewards]]")  # so that the critic's death is that of the rewards as well
+    together = "placement.colocate=[[critic, rewards]]"  # so that the critic's death is that of the rewards as well
+    world = World(tmp_path, 10, *FORMS["narrow"], together, server=RewardServer())
     entries = play(world, world.undisturbed(), 1, MOMENTS, seed=0, say=print)
     assert [entry.fault for entry in entries] == ROLES
     assert [(entry.fault, entry.result) for entry in entries] == [(role, "exact") for role in ROLES]
@@ -33,7 +34,7 @@ def test_every_kind_of_fault_is_dealt_as_often_as_any_other() -> None:
     names = of_form("narrow")
     dealt = deal(seed=1, faults=2 * len(names), names=names)
     assert sorted(dealt) == sorted(2 * names) and dealt != deal(seed=2, faults=len(dealt), names=names)
-    assert sorted([*names, *of_form("wide")]) == sorted(FAULTS)
+    assert sorted(name for form in FORMS for name in of_form(form)) == sorted(FAULTS)
 
 
 def test_a_ledger_goes_on_and_counts_what_was_lost(tmp_path: Path) -> None:

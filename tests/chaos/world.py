@@ -23,17 +23,17 @@ HANG_SECONDS = 45.0
 """placement.hang_after_s: longer than any call of these runs takes, on a machine that does other things too."""
 OPTIONS = (
     *("evaluation.every=1000", "evaluation.num_prompts=4", "checkpoint.every=2"),
-    f"placement.hang_after_s={HANG_SECONDS:g}",
     *("rewards.letters.timeout_s=10", "rewards.model={kind: model, init_from: reward_model, weight: 0.1}"),
 )
+SOON_DEAD = f"placement.hang_after_s={HANG_SECONDS:g}"
+TWO_RANKS = ("placement.policy.ranks=2", "placement.critic.ranks=2")
 FORMS = {
-    "narrow": (),
-    "wide": (
-        *("placement.policy.ranks=2", "placement.critic.ranks=2", "placement.generator.workers=2", "placement.generator.tensor_parallel=2"),
-        "placement.generator.min_workers=1",
-    ),
+    "narrow": (SOON_DEAD,),
+    "wide": (SOON_DEAD, *TWO_RANKS, "placement.generator.workers=2", "placement.generator.tensor_parallel=2", "placement.generator.min_workers=1"),
+    "hosts": TWO_RANKS,
 }
-"""Options of runs with one process to a role, and of runs with several, in which a death leaves the others waiting in a collective."""
+"""Options of runs with one process to a role; of runs with several, in which a death leaves the others waiting in a collective; of runs on the hosts of
+a cluster."""
 END_SECONDS = 600.0
 """How long a step, or the end, may take after a fault."""
 
@@ -78,10 +78,10 @@ class RewardServer:
 class World:
     """A directory of runs that all begin alike."""
 
-    def __init__(self, home: Path, steps: int, *options: str) -> None:
-        """What is there already is used again; `options` of all runs; without any, the undisturbed one has its roles in one process all the same."""
-        self.home, self.steps, self.options = home.resolve(), steps, options
-        self.server = RewardServer()
+    def __init__(self, home: Path, steps: int, *options: str, server: RewardServer | None = None) -> None:
+        """What is there already is used again; `options` of all runs, which ask `server` too if there is one."""
+        self.home, self.steps, self.server = home.resolve(), steps, server
+        self.options = (*options, *([server.option] if server else []))
         start = self.home / "undisturbed"
         if not (start / "reward_model" / "model").exists():
             self.home.mkdir(parents=True, exist_ok=True)
@@ -91,32 +91,40 @@ class World:
         (self.home / "a_users_rewards.py").write_text(LOWER_CASE)
 
     def undisturbed(self) -> Finished:
-        """The run that the others are held against; its roles share a process, which starts faster and changes no number."""
-        with self.job("undisturbed", *([] if self.options else [ONE_PROCESS])) as job:
+        """The run on this machine that the others are held against; where its roles can share a process they do, which starts faster and changes no number."""
+        alike = [] if set(TWO_RANKS) & set(self.options) else [ONE_PROCESS]
+        with living(Job(self, "undisturbed", *alike)) as job:
             job.finish()
             return Finished(job.directory, job.output)
 
-    @contextmanager
-    def job(self, run: str, *overrides: str) -> "Iterator[Job]":
-        """A run, started; in the end nothing of it lives."""
+    def job(self, run: str) -> "Job":
+        """A run, started."""
+        return Job(self, run)
+
+    def arguments(self, run: str, *overrides: str) -> list[str]:
+        """The command of a run, whose models lie where it expects them."""
         for stage in ("prepare_data", "sft", "reward_model"):
             if not (self.home / run / stage).exists():
                 (self.home / run).mkdir(exist_ok=True)
                 (self.home / run / stage).symlink_to(self.home / "undisturbed" / stage)
-        options = (f"run={run}", f"steps={self.steps}", f"logging.batches={self.steps}", *OPTIONS, self.server.option, *self.options, *overrides)
-        job = Job(self, self.home / run / "ppo", command(self.home, *options))
-        try:
-            yield job
-        finally:
-            job.end()
+        return command(self.home, f"run={run}", f"steps={self.steps}", f"logging.batches={self.steps}", *OPTIONS, *self.options, *overrides)
+
+
+@contextmanager
+def living(job: "Job") -> "Iterator[Job]":
+    """In the end nothing of it lives."""
+    try:
+        yield job
+    finally:
+        job.end()
 
 
 class Job:
     """`python -m jobs.ppo` as somebody sees it who means it harm."""
 
-    def __init__(self, world: World, directory: Path, arguments: list[str]) -> None:
-        self.world, self.directory = world, directory
-        self._arguments, self._log = arguments, directory.parent / "job.log"
+    def __init__(self, world: World, run: str, *overrides: str) -> None:
+        self.world, self.directory = world, world.home / run / "ppo"
+        self._arguments, self._log = world.arguments(run, *overrides), world.home / run / "job.log"
         self._log.unlink(missing_ok=True)
         self.start()
 
@@ -127,14 +135,22 @@ class Job:
                 self._arguments, cwd=CHECKOUT, env=environment(self.world.home), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
 
+    def code(self) -> int | None:
+        """With which it ended; None while it runs."""
+        return self.process.poll()
+
     def start_again(self) -> bool:
         """Wait for the end, and give the command again; False when there is no end."""
-        try:
-            self.process.wait(END_SECONDS)
-        except psutil.TimeoutExpired:
+        if self._end() is None:
             return False
         self.start()
         return True
+
+    def _end(self) -> int | None:
+        deadline = time.monotonic() + END_SECONDS
+        while self.code() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return self.code()
 
     @property
     def output(self) -> str:
@@ -163,7 +179,7 @@ class Job:
         """Until more than `step` steps are logged, or all; False when the job dies before, or nothing comes."""
         deadline = time.monotonic() + END_SECONDS
         while self.step <= step:
-            code = self.process.poll()
+            code = self.code()
             if code is not None or time.monotonic() > deadline:
                 return code == 0
             time.sleep(0.02)
@@ -171,7 +187,7 @@ class Job:
 
     def finish(self) -> None:
         """Wait for the end; AssertionError when it is not a good one."""
-        assert self.process.wait(END_SECONDS) == 0, self.output[-3000:]
+        assert self._end() == 0, self.output[-3000:]
 
     def end(self) -> None:
         """Kill the job, with all that it has started."""

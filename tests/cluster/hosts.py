@@ -3,6 +3,7 @@
 Where these are not permitted the nodes of Ray share the machine's network, and whoever asks is told so.
 """
 
+import json
 import os
 import shlex
 import shutil
@@ -10,7 +11,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -54,6 +57,7 @@ class Host:
     isolated: bool
     """It has a namespace."""
     raylet: subprocess.Popen[bytes] | None = None
+    powered: bool = True
 
     @property
     def address(self) -> str:
@@ -71,7 +75,18 @@ class Host:
         return family(self.raylet.pid) if self.raylet is not None and self.raylet.poll() is None else []
 
     def lose(self) -> None:
-        """The power goes: every process ends at once."""
+        """The power goes: every process ends at once, and the others hear nothing of it before the host is switched on again."""
+        self.powered = False
+        self.cut_off()
+        self.end()
+
+    def switch_on(self) -> None:
+        """The power is back; nothing runs yet."""
+        self.cut_off(False)
+        self.powered = True
+
+    def end(self) -> None:
+        """Every process is killed."""
         processes = self.processes()
         for process in processes:
             with suppress(psutil.NoSuchProcess):
@@ -82,7 +97,8 @@ class Host:
 
     def cut_off(self, cut: bool = True) -> None:
         """Nothing reaches the host, and nothing leaves it; or everything does again."""
-        run("ip", "link", "set", f"mgr-{self.number}", "down" if cut else "up")
+        if self.isolated:
+            run("ip", "link", "set", f"mgr-{self.number}", "down" if cut else "up")
 
 
 def family(pid: int) -> list[psutil.Process]:
@@ -111,6 +127,7 @@ class Hosts:
 
     def start(self, host: Host) -> None:
         """`ray start` on a host, for the first time or after it was lost."""
+        host.switch_on()
         head = host is self.hosts[0]
         role = ["--head", "--port=6379", "--dashboard-host=0.0.0.0"] if head else [f"--address={self.hosts[0].address}:6379"]
         options = [*role, "--block", "--disable-usage-stats", f"--node-ip-address={host.address}", f"--num-cpus={host.cpus}", f"--labels={host.labels}"]
@@ -140,10 +157,51 @@ class Hosts:
             [BIN / "ray", *words], cwd=CHECKOUT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900
         )
 
+    def submit(self, name: str, home: Path, *words: str) -> None:
+        """`ray job submit` of a job with this name; modules in `home` are found by it."""
+        variables = json.dumps({"env_vars": {"PYTHONPATH": str(home)}})
+        options = ("--working-dir", ".", f"--runtime-env-json={variables}", "--no-wait", f"--submission-id={name}")
+        done = self.ray("job", "submit", "--address", self.dashboard, *options, "--", *words)
+        assert done.returncode == 0, done.stdout
+
+    def status(self, name: str) -> str:
+        """Of a job, as the head says over HTTP: `PENDING`, `RUNNING`, `SUCCEEDED`, `FAILED`, `STOPPED`; OSError when it says nothing."""
+        token = (Path(self.environment["HOME"]) / ".ray" / "auth_token").read_text().strip()
+        request = urllib.request.Request(f"{self.dashboard}/api/jobs/{name}", headers={"Authorization": f"Bearer {token}"})
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return json.load(answer)["status"]
+
+    def log(self, name: str) -> str:
+        """What a job has said so far."""
+        return "".join(path.read_text(errors="replace") for path in self.hosts[0].sessions.glob(f"session_2*/logs/job-driver-{name}.log"))
+
+    @contextmanager
+    def kept_up(self) -> Iterator[None]:
+        """Where Ray has ended on a host with power it is started again, as KubeRay does, or a service of the system."""
+        over = threading.Event()
+
+        def keep() -> None:
+            while not over.wait(1):
+                for host in self.hosts:
+                    if host.powered and host.raylet is not None and host.raylet.poll() is not None:
+                        self.start(host)
+
+        keeper = threading.Thread(target=keep)
+        keeper.start()
+        try:
+            yield
+        finally:
+            over.set()
+            keeper.join()
+
+    def answers(self) -> bool:
+        """Whether the head takes jobs."""
+        return not self.ray("job", "list", "--address", self.dashboard).returncode
+
     def wait_until_up(self) -> None:
         """The head answers."""
         deadline = time.monotonic() + START_SECONDS
-        while self.ray("job", "list", "--address", self.dashboard).returncode:
+        while not self.answers():
             log = self.hosts[0].sessions / "start.log"
             assert self.hosts[0].raylet is not None and self.hosts[0].raylet.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(1)
@@ -170,7 +228,7 @@ def cluster(home: Path, labels: Mapping[str, str], cpus: int) -> Iterator[Hosts]
     finally:
         for host in hosts.hosts:
             with suppress(psutil.TimeoutExpired, subprocess.TimeoutExpired):
-                host.lose()
+                host.end()
             shutil.rmtree(host.sessions, ignore_errors=True)
         if isolated:
             _disconnect(hosts.hosts)

@@ -76,30 +76,22 @@ class Submitted:
 
     def __init__(self, hosts: Hosts, home: Path, run: str, job: str, *arguments: str) -> None:
         self.hosts, self.directory = hosts, home / run / job
-        variables = json.dumps({"env_vars": {"PYTHONPATH": str(home)}})
-        options = ("--working-dir", ".", f"--runtime-env-json={variables}", "--no-wait", f"--submission-id={run}-{time.time_ns()}")
-        command = ("python", "-m", f"jobs.{job}", *arguments, f"output_dir={home}", f"run={run}")
-        done = hosts.ray("job", "submit", "--address", hosts.dashboard, *options, "--", *command)
-        assert done.returncode == 0, done.stdout
-        self.name = options[-1].split("=")[1]
+        self.name = f"{run}-{time.time_ns()}"
+        hosts.submit(self.name, home, "python", "-m", f"jobs.{job}", *arguments, f"output_dir={home}", f"run={run}")
 
     @property
     def output(self) -> str:
-        return self.hosts.ray("job", "logs", "--address", self.hosts.dashboard, self.name).stdout
+        return self.hosts.log(self.name)
 
     @property
     def status(self) -> str:
-        said = self.hosts.ray("job", "status", "--address", self.hosts.dashboard, self.name).stdout
-        return re.findall(r"(PENDING|RUNNING|SUCCEEDED|FAILED|STOPPED|succeeded|failed)", said)[-1].upper()
+        return self.hosts.status(self.name)
 
     def wait_for(self, happened: Callable[[], bool], seconds: float = 400) -> None:
         deadline = time.monotonic() + seconds
-        looked = time.monotonic()
         while not happened():
-            if time.monotonic() - looked > 60:  # seldom: to ask takes as long as some steps
-                looked = time.monotonic()
-                assert self.status in ("PENDING", "RUNNING", "SUCCEEDED") and looked < deadline, self.output[-5000:]
-            time.sleep(0.05)
+            assert self.status in ("PENDING", "RUNNING", "SUCCEEDED") and time.monotonic() < deadline, self.output[-5000:]
+            time.sleep(0.5)
 
     def wait_for_step(self, step: int) -> None:
         self.wait_for(lambda: any(row["step"] >= step and "train/epoch" in row for row in metrics_so_far(self.directory)))
