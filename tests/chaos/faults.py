@@ -12,6 +12,7 @@ from random import Random
 import psutil
 
 from tests.chaos.world import Job
+from tests.cluster.hosts import Host
 from tests.jobs.runs import title
 
 
@@ -29,6 +30,9 @@ class Fault:
     """The job ends of it, as it should, and the same command is given again."""
     form: str = "narrow"
     """Key of world.FORMS: runs of which form have what it is done to."""
+
+
+LEARNERS = ("policy", "critic")
 
 
 def _signal(role: str, number: signal.Signals) -> Callable[[Job, Random], bool]:
@@ -110,41 +114,48 @@ def _server(how: str) -> Callable[[Job, Random], bool]:
     return inject
 
 
-def _power(name: str) -> Callable[[Job, Random], bool]:
+Which = Callable[[Job], list[Host]]
+
+
+def _head(job: Job) -> list[Host]:
+    return job.world.hosts.hosts[:1]
+
+
+def _without_head(job: Job) -> list[Host]:
+    return job.world.hosts.hosts[1:]
+
+
+def _any_host(job: Job) -> list[Host]:
+    return job.world.hosts.hosts
+
+
+def _with(*roles: str) -> Which:
+    return lambda job: [host for host in _without_head(job) if any(host.address in job.addresses(role) for role in roles)]
+
+
+def _away(which: Which, least: float, most: float, power: bool = True) -> Callable[[Job, Random], bool]:
+    """A host is out for so many seconds, or until the job goes on without it; with power, what runs on it goes on, and finds out."""
+
     def inject(job: Job, random: Random) -> bool:
-        host = job.world.hosts[name]
-        host.lose()
-        time.sleep(random.uniform(0, 30))
-        host.switch_on()
-        return True
+        for host in random.sample(found := which(job), min(1, len(found))):
+            back, goes_on = time.monotonic() + random.uniform(least, most), job.step + 2
+            host.cut_off() if power else host.lose()
+            while time.monotonic() < back and job.step < goes_on:
+                time.sleep(0.2)
+            host.switch_on()
+            return True
+        return False
 
     return inject
-
-
-def _cut(name: str, least: float = 70, most: float = 100) -> Callable[[Job, Random], bool]:
-    """Nothing is killed: what runs on the host goes on, and finds out."""
-
-    def inject(job: Job, random: Random) -> bool:
-        host = job.world.hosts[name]
-        host.cut_off()
-        time.sleep(random.uniform(least, most))
-        host.cut_off(False)
-        return True
-
-    return inject
-
-
-def _blip(job: Job, random: Random) -> bool:
-    return _cut(random.choice(job.world.hosts.hosts).name, 2, 8)(job, random)
 
 
 def _raylet(job: Job, random: Random) -> bool:
-    host = random.choice(job.world.hosts.hosts[1:])
+    host = random.choice(_without_head(job))
     return _send(next((process.pid for process in host.processes() if process.name() == "raylet"), 0), signal.SIGKILL)
 
 
 def _rank(job: Job, random: Random) -> bool:
-    return _signal(random.choice(["policy", "critic"]), signal.SIGKILL)(job, random)
+    return _signal(random.choice(LEARNERS), signal.SIGKILL)(job, random)
 
 
 WHERE = r"\(process \d+ on [\d.]+\)"
@@ -153,7 +164,7 @@ REWOUND = rf"{{}} rank \d+ of \d+ {WHERE} died; the learners start again and go 
 REPLACED = rf"generator worker \d+ {WHERE} died(, with prompts with which another one died)?; a new one takes its place"
 ENDED = r"{} \(process \d+ on [\d.]+, [\w-]+\) has been in .* for \d+ s and counts as dead"
 NEXT_DRIVER = r"the driver \(process \d+\) (was killed by SIG\w+|lost Ray, or a role \(code \d+\)); restart \d+ of 3, from the newest checkpoint"
-EITHER = REWOUND.format("(policy|critic)")
+ANY = "|".join((REWOUND.format("(policy|critic)"), REPLACED, REPEATED.format("[a-z_0-9]+")))
 GOES_ON = r"PPO goes on after step \d+"
 
 FAULTS = {
@@ -194,15 +205,19 @@ FAULTS = {
     "part": Fault("one of two parts of an engine, SIGKILL", _part(signal.SIGKILL), REPLACED, form="wide"),
     "part_hangs": Fault("one of two parts of an engine, SIGSTOP", _part(signal.SIGSTOP), ENDED.format(r"generator worker \d+"), form="wide"),
     "worker_of_two": Fault("one of two generator workers, SIGKILL", _signal("generator", signal.SIGKILL), REPLACED, form="wide"),
-    "host_generator": Fault("generator's host loses power and comes back", _power("mgr-generator"), REPLACED, form="hosts"),
-    "host_learner": Fault("host of a policy and a critic rank loses power and comes back", _power("mgr-learner"), EITHER, form="hosts"),
-    "host_head": Fault("head loses power and comes back; the same command again", _power("mgr-head"), GOES_ON, ends=True, form="hosts"),
-    "cut_generator": Fault("generator's host is cut off, until after Ray has given it up", _cut("mgr-generator"), REPLACED, form="hosts"),
-    "cut_learner": Fault("host of a policy and a critic rank is cut off, until after Ray has given it up", _cut("mgr-learner"), EITHER, form="hosts"),
-    "cut_head": Fault("head is cut off, until after Ray has given up the others", _cut("mgr-head"), f"{EITHER}|{REPLACED}", form="hosts"),
-    "blip": Fault("any host is cut off for 2 to 8 seconds", _blip, "", form="hosts"),
-    "raylet_of_host": Fault("Ray on a host without the head (raylet), SIGKILL", _raylet, f"{EITHER}|{REPLACED}", form="hosts"),
-    "rank_on_hosts": Fault("a policy or critic rank on any host, SIGKILL", _rank, EITHER, form="hosts"),
+    "generator_host": Fault("host with the generator loses power and comes back", _away(_with("generator"), 0, 30, power=False), ANY, form="hosts"),
+    "learner_host": Fault("host with a policy or critic rank loses power and comes back", _away(_with(*LEARNERS), 0, 30, power=False), ANY, form="hosts"),
+    "head": Fault("head loses power and comes back; the same command again", _away(_head, 0, 30, power=False), GOES_ON, ends=True, form="hosts"),
+    "generator_cut": Fault(
+        "host with the generator is cut off, for 70 to 100 seconds or until the job goes on", _away(_with("generator"), 70, 100), ANY, form="hosts"
+    ),
+    "learner_cut": Fault(
+        "host with a policy or critic rank is cut off, for 70 to 100 seconds or until the job goes on", _away(_with(*LEARNERS), 70, 100), ANY, form="hosts"
+    ),
+    "head_cut": Fault("head is cut off, for 70 to 100 seconds or until the job goes on", _away(_head, 70, 100), ANY, form="hosts"),
+    "blip": Fault("any host is cut off for 2 to 8 seconds", _away(_any_host, 2, 8), "", form="hosts"),
+    "raylet_of_host": Fault("Ray on a host without the head (raylet), SIGKILL", _raylet, ANY, form="hosts"),
+    "rank_on_hosts": Fault("a policy or critic rank on any host, SIGKILL", _rank, REWOUND.format("(policy|critic)"), form="hosts"),
     "driver_on_hosts": Fault("driver on the head, SIGKILL", _driver(signal.SIGKILL), NEXT_DRIVER, form="hosts"),
 }
 

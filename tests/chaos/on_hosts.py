@@ -1,4 +1,4 @@
-"""Runs on the three hosts of tests/cluster: learners on two of them, the generator on the third, each host kept up as KubeRay would."""
+"""Runs on the three hosts of tests/cluster: learners on two of them, the generator on the last, each host kept up as KubeRay would."""
 
 import time
 from collections.abc import Iterator
@@ -9,10 +9,8 @@ from tests.chaos.world import FORMS, Job, World
 from tests.cluster.hosts import Hosts, cluster
 
 LABELS = {"mgr-head": "role=learner", "mgr-learner": "role=learner", "mgr-generator": "role=generator"}
-PLACED = (
-    *(f"placement.{role}.labels.role=learner" for role in ("policy", "critic", "reference")),
-    *("placement.generator.labels.role=generator", "placement.strategy=spread", "placement.wait_seconds=300"),
-)
+PLACED = ("placement.generator.labels.role=generator", "placement.strategy=spread", "placement.wait_seconds=300")
+"""Learners may be anywhere, so that there is room for them on two hosts whichever is away."""
 UP_SECONDS = 240.0
 """Until a cluster takes jobs whose head was lost."""
 

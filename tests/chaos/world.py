@@ -169,11 +169,18 @@ class Job:
 
     def pids(self, role: str) -> list[int]:
         """Processes of a role, as far as they live."""
-        places = json.loads((self.directory / "processes.json").read_text())["roles"][role]
-        return [place["pid"] for place in places if title(place["pid"]).startswith("ray::")]
+        return [place["pid"] for place in self._processes["roles"][role] if title(place["pid"]).startswith("ray::")]
+
+    def addresses(self, role: str) -> set[str]:
+        """Hosts of a role's processes."""
+        return {place["host"] for place in self._processes["roles"][role]}
 
     def driver(self) -> int:
-        return json.loads((self.directory / "processes.json").read_text())["driver"]
+        return self._processes["driver"]
+
+    @property
+    def _processes(self) -> dict[str, Any]:
+        return json.loads((self.directory / "processes.json").read_text())
 
     def wait_for_step(self, step: int) -> bool:
         """Until more than `step` steps are logged, or all; False when the job dies before, or nothing comes."""
