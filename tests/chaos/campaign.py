@@ -17,6 +17,7 @@ from tests.chaos.faults import FAULTS
 from tests.chaos.world import Job, World, living
 from tests.jobs.runs import CHECKOUT, GAPS, Finished, different_tokens, numbers
 
+PATIENCE_STEPS = 6
 CALLS = "reward_calls/"
 """Counters of retries."""
 
@@ -58,6 +59,8 @@ def play(world: World, undisturbed: Finished, number: int, moments: Sequence[Seq
             time.sleep(random.uniform(0, 1.5 * usual))
             step, phase, before, began = job.step, job.phase, len(job.output), time.monotonic()
             injected = [name for name in names if _inject(name, job, random)]
+            if not injected:
+                continue
             lived = (not any(FAULTS[name].ends for name in injected) or job.start_again()) and job.wait_for_step(max(step, job.step) + 1)
             seconds = max(0.0, time.monotonic() - began - 1.5 * usual)
             output = job.output[before:]
@@ -70,7 +73,7 @@ def play(world: World, undisturbed: Finished, number: int, moments: Sequence[Seq
                 say(
                     f"round {number}: {name} in step {step + 1} ({phase}): {'' if lived else 'LOST, '}{seconds:.1f} s, {redone} redone; {said or 'nothing said so far'}"
                 )
-            if not lived or len(injected) < len(names):
+            if not lived:
                 break
         try:
             job.finish()
@@ -89,8 +92,9 @@ def _line(name: str, output: str) -> str:
 
 
 def _inject(name: str, job: Job, random: Random) -> bool:
-    """As soon as there is something to do it to; False when the job ends before."""
-    while job.code() is None:
+    """As soon as there is something to do it to; False when there is nothing for some steps, or the job ends before."""
+    last = job.step + PATIENCE_STEPS
+    while job.code() is None and job.step <= last:
         with suppress(psutil.NoSuchProcess):  # somebody ended meanwhile
             if FAULTS[name].inject(job, random):
                 return True

@@ -11,6 +11,8 @@ from tests.cluster.hosts import Hosts, cluster
 LABELS = {"mgr-head": "role=learner", "mgr-learner": "role=learner", "mgr-generator": "role=generator"}
 PLACED = ("placement.generator.labels.role=generator", "placement.strategy=spread", "placement.wait_seconds=300")
 """Learners may be anywhere, so that there is room for them on two hosts whichever is away."""
+CPUS = 4
+"""Of each host. A run needs eight, so that it goes on when one is away, and waits when only the head is left."""
 UP_SECONDS = 240.0
 """Until a cluster takes jobs whose head was lost."""
 
@@ -64,16 +66,17 @@ class JobOnHosts(Job):
         return self._code
 
     def end(self) -> None:
-        """The job is stopped."""
-        with suppress(OSError):
+        """The job is stopped, and what it said is kept."""
+        if self.code() is None:
             self.world.hosts.ray("job", "stop", "--address", self.world.hosts.dashboard, self._names[-1])
+        self._log.write_text(self.output)
 
 
 @contextmanager
 def world_of_hosts(home: Path, steps: int) -> Iterator[WorldOfHosts]:
     """In the end nothing of the cluster is left."""
     home.mkdir(parents=True, exist_ok=True)
-    with cluster(home.resolve(), LABELS, cpus=6) as hosts, hosts.kept_up():
+    with cluster(home.resolve(), LABELS, CPUS) as hosts, hosts.kept_up():
         if not hosts.isolated:
             raise SystemExit("hosts need network namespaces (ip netns, as root), and these are not permitted here")
         yield WorldOfHosts(home, steps, hosts)
