@@ -256,8 +256,13 @@ class Group(Generic[R]):
         self.start()
 
     def start(self) -> None:
-        """Start processes and build the rank objects in them."""
-        self.hosts = self.cluster.hosts(self.role, self._form_group)
+        """Start processes and build the rank objects in them; raises RoleLost when one that is to bring them together dies before."""
+        self.hosts = self.cluster.hosts(self.role)
+        if self._form_group:
+            try:
+                self.cluster.form_group(self.role)
+            except ray.exceptions.RayActorError as death:
+                raise RoleLost(self.role, self._dead()) from death
         self._building = [host.build.remote(self.role, self._build, *self._args) for host in self.hosts]
 
     def ready(self) -> None:

@@ -225,21 +225,25 @@ class Cluster:
         """Whether a role lives in a learner's processes, or is one: their death takes the learner's state with it."""
         return self.home(role) in (self.home("policy"), self.home("critic"))
 
-    def hosts(self, role: str, form_group: bool) -> list[Any]:
-        """The processes of a role, started now unless a role that shares them has; with `form_group` they join one process group."""
+    def hosts(self, role: str) -> list[Any]:
+        """The processes of a role, started now unless a role that shares them has."""
         name = self.home(role)
         if name not in self._started or role in self._started[name].tenants:  # a role that comes again has ended its processes
             self._started[name] = Started([self.host(name, index, place) for index, place in enumerate(self._places[name])])
+        self._started[name].tenants.add(role)
+        return list(self._started[name].hosts)
+
+    def form_group(self, role: str) -> None:
+        """A role's processes join one process group, unless they have; RayActorError when the first of them has died."""
+        name = self.home(role)
         started = self._started[name]
-        started.tenants.add(role)
-        if form_group and not started.joined:
+        if not started.joined:
             first = {f"{name} rank 0 of {len(started.hosts)}": started.hosts[0]}
             limit = Limit(START_SECONDS, lambda _: self.end_hung(first, "its start", START_SECONDS))
             ((address, port),) = get_all([started.hosts[0].address.remote()], limit)
             for host in started.hosts:
                 host.join.remote(address, port, self.config.hang_after_s)
             started.joined = True
-        return list(started.hosts)
 
     def host(self, name: str, index: int, place: Place) -> Any:
         """Start process `index` of a role in its place."""

@@ -16,7 +16,7 @@ from actors.attempts import first_line
 from actors.group import Group, OutOfRestarts, R, RankHost, has_died
 from actors.parent import driver_restarts
 from actors.placement import Cluster, Place
-from actors.watchdog import START_SECONDS, place_of
+from actors.watchdog import START_SECONDS, has_begun, place_of
 from minigpt_ray.config import GeneratorPlacement
 from minigpt_ray.scaling import Requests, refusal
 from minigpt_ray.timeline import Mark
@@ -300,7 +300,7 @@ class Pool(Group[R]):
             if time.monotonic() - worker.since <= seconds:
                 continue
             worker.since = time.monotonic()
-            if place_of(worker.host) or worker.newcomer:
+            if has_begun(worker.host) or worker.newcomer:
                 self.cluster.end_hung({self._name(worker): worker.host}, RankHost.build.__qualname__, seconds)
             else:  # it has no process: its room went with a node, and another one may come
                 del self._coming[built]

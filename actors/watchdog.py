@@ -72,9 +72,14 @@ def record_of(host: Any) -> dict[str, Any]:
 
 
 def place_of(host: Any) -> str:
-    """`process 4711 on 10.0.0.5`: where an actor is, or was; empty before it had a process."""
+    """`process 4711 on 10.0.0.5`: where an actor is, or was."""
     actor = record_of(host)
-    return f"process {actor['Pid']} on {actor['Address']['IPAddress']}" if actor["Pid"] else ""
+    return f"process {actor['Pid']} on {actor['Address']['IPAddress']}" if actor["Pid"] else "not begun yet"
+
+
+def has_begun(host: Any) -> bool:
+    """Whether an actor has, or had, a process."""
+    return bool(record_of(host)["Pid"])
 
 
 def is_dead(host: Any) -> bool:

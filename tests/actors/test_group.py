@@ -235,6 +235,29 @@ def test_a_process_that_dies_while_it_is_built_in_the_place_of_another_is_replac
 
 
 @pytest.mark.ray
+def test_a_process_that_dies_before_the_group_is_formed_is_a_loss_of_the_role_and_another_start_finds_its_room(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a host that is gone and not yet known to be; what was started beside it must not hold its place."""
+    hosts = Cluster.hosts
+
+    def first_dies(cluster: Cluster, role: str) -> list[object]:
+        found = hosts(cluster, role)
+        ray.kill(found[0])
+        return found
+
+    with Cluster(PlacementConfig(), {"adder": RolePlacement(ranks=2)}) as cluster:
+        group = Group(cluster, "adder", Adder, 10, form_group=True)
+        group.ready()
+        with monkeypatch.context() as patched:
+            patched.setattr(Cluster, "hosts", first_dies)
+            with pytest.raises(RoleLost, match=r"adder rank 0 of 2 \(.*\) died"):
+                group.restart()
+        group.restart()
+        assert group.call(Adder.sum_over_ranks).result() == [3.0, 3.0]
+
+
+@pytest.mark.ray
 def test_a_call_that_may_take_long_is_ended_only_if_its_process_gives_no_sign_of_life(ray_cluster: None, caplog: pytest.LogCaptureFixture) -> None:
     """Slow is not dead: the calls of the rewards, all attempts of all sources, may take longer than others."""
     with Cluster(PlacementConfig(hang_after_s=2), {"rewards": RolePlacement()}) as cluster:

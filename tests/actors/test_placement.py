@@ -79,15 +79,17 @@ def test_what_is_asked_for_a_role_without_processes_of_its_own_is_refused() -> N
 def test_roles_of_a_set_get_the_same_processes_which_join_one_group_once(ray_cluster: None) -> None:
     placement = PlacementConfig(colocate=(("reference", "policy", "rewards"),))
     with Cluster(placement, roles_of(placement, {})) as cluster:
-        policy = cluster.hosts("policy", form_group=True)
-        assert cluster.hosts("reference", form_group=False) == cluster.hosts("rewards", form_group=False) == policy
+        policy = cluster.hosts("policy")
+        cluster.form_group("policy")
+        assert cluster.hosts("reference") == cluster.hosts("rewards") == policy
+        cluster.form_group("reference")  # which is formed
         cluster.grant("rewards", 5000)  # whose calls the others in these processes wait for
         assert [cluster.patience(role) for role in ("policy", "rewards", "critic")] == [5000, 5000, placement.hang_after_s]
-        critic = cluster.hosts("critic", form_group=True)
+        critic = cluster.hosts("critic")
         pids = [ray.get(hosts[0].__ray_call__.remote(lambda _: os.getpid())) for hosts in (policy, critic)]
         assert pids[0] != pids[1]
         ray.kill(critic[0])
-        assert cluster.hosts("critic", form_group=True) != critic
+        assert cluster.hosts("critic") != critic
 
 
 def test_what_the_driver_knows_of_hub_and_network_is_passed_on_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +121,7 @@ def test_processes_run_in_their_reservation_which_is_given_back(ray_cluster: Non
     before = ray.cluster_resources()["CPU"]
     wait_until_free(before)  # earlier tests give back what they had
     with Cluster(PlacementConfig(), {"policy": RolePlacement(ranks=2, cpus=1)}) as cluster:
-        hosts = cluster.hosts("policy", form_group=False)
+        hosts = cluster.hosts("policy")
         ranks = ray.get([host.__ray_call__.remote(lambda self: self.rank) for host in hosts])
         assert [(rank.index, rank.world) for rank in ranks] == [(0, 2), (1, 2)]
         assert isinstance(ray.get(hosts[0].__ray_call__.remote(lambda self: self)), RankHost)

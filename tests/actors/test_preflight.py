@@ -169,7 +169,7 @@ def come():
     threading.Event().wait()  # the node dies with the thread that started it
 threading.Thread(target=come, daemon=True).start()
 with Cluster(PlacementConfig(address=nodes.address, wait_seconds=100), roles) as cluster:
-    where = {name: ray.get([host.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()) for host in cluster.hosts(name, False)]) for name in roles}
+    where = {name: ray.get([host.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()) for host in cluster.hosts(name)]) for name in roles}
 print(json.dumps({"refused": refused, "where": where, "learner": learner.node_id, "engines": late[0].node_id}))
 ray.shutdown()
 nodes.shutdown()
@@ -220,7 +220,7 @@ with Cluster(placement, roles) as cluster:
     places = [cluster.place("generator") for _ in range(3)]
     workers = [cluster.host("generator", i, place) for i, place in enumerate(places)]
     where = lambda _: (ray.get_runtime_context().get_node_id(), ray.get_gpu_ids())
-    found = [ray.get([host.__ray_call__.remote(where) for host in hosts]) for hosts in (cluster.hosts("policy", False), workers)]
+    found = [ray.get([host.__ray_call__.remote(where) for host in hosts]) for hosts in (cluster.hosts("policy"), workers)]
     ray.kill(workers[1])
     cluster.give_back("generator", places[1])
     (again,) = ray.get([cluster.host("generator", 3, cluster.place("generator")).__ray_call__.remote(where)])
