@@ -262,7 +262,7 @@ class Group(Generic[R]):
             try:
                 self.cluster.form_group(self.role)
             except ray.exceptions.RayActorError as death:
-                raise RoleLost(self.role, self._dead()) from death
+                raise self._lost(death) from death
         self._building = [host.build.remote(self.role, self._build, *self._args) for host in self.hosts]
 
     def ready(self) -> None:
@@ -270,7 +270,7 @@ class Group(Generic[R]):
         try:
             self._places = get_all(self._building, self._limit(RankHost.build, START_SECONDS))
         except ray.exceptions.RayActorError as death:
-            raise RoleLost(self.role, self._dead()) from death
+            raise self._lost(death) from death
 
     def _limit(self, method: Callable[..., Any], at_least: float = 0.0) -> Limit:
         """Of calls to all processes of this role, in their order: those that exceed it are ended. Calls to others may follow, which are let be."""
@@ -317,7 +317,7 @@ class Group(Generic[R]):
                     timed = get_all(refs, self._limit(method))
                     break
                 except ray.exceptions.RayActorError as death:
-                    self._revive(death)
+                    self._revive(self._lost(death))
                     refs = submit()
             self.usage.busy_seconds += max((t.seconds for t in timed), default=0.0)
             self.usage.memory_bytes = sum(t.memory_bytes for t in timed)
@@ -326,11 +326,10 @@ class Group(Generic[R]):
 
         return Pending(result)
 
-    def _revive(self, death: Exception) -> None:
+    def _revive(self, lost: RoleLost) -> None:
         """Replace the processes, and those too that die while they start, as on a host that is gone and not yet known to be."""
-        lost = RoleLost(self.role, self._dead())
         if self._restarts_left == 0 or self.cluster.with_a_learner(self.role):
-            raise lost from death
+            raise lost
         self._restarts_left -= 1
         logger.warning("%s; the role is started again and the call repeated", lost)
         try:
@@ -338,14 +337,13 @@ class Group(Generic[R]):
         except RoleLost as again:
             self._revive(again)
 
-    def _dead(self) -> str:
-        """Which processes have died, and where; empty when Ray does not report any soon."""
+    def _lost(self, death: ray.exceptions.RayActorError) -> RoleLost:
+        """Names those that Ray soon reports as dead, else the one whose call failed, as on a host that is gone and not yet known to be."""
         end = time.monotonic() + GRACE_SECONDS
-        dead: list[str] = []
-        while not dead and time.monotonic() < end:
-            dead = [f"{self.name_of(index)} ({place_of(host)})" for index, host in enumerate(self.hosts) if is_dead(host)]
-            time.sleep(0 if dead else 0.1)
-        return ", ".join(dead)
+        while not (dead := [index for index, host in enumerate(self.hosts) if is_dead(host)]) and time.monotonic() < end:
+            time.sleep(0.1)
+        dead = dead or [index for index, host in enumerate(self.hosts) if host._actor_id.hex() == death.actor_id]
+        return RoleLost(self.role, ", ".join(f"{self.name_of(index)} ({place_of(self.hosts[index])})" for index in dead))
 
     def restart(self) -> None:
         """End the processes, start new ones and wait until they are ready."""
