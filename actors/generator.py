@@ -11,7 +11,7 @@ import ray
 from actors.dispatch import SLOW, SLOW_SECONDS, Dispatch, Lengths
 from actors.fatal_prompts import GivenUp
 from actors.generator_worker import Answer, Completion, GeneratorWorker, Order, Received, Request, sampling_seed
-from actors.group import RoleLost, Timed, by_reference, get_all, has_died
+from actors.group import Disconnected, RoleLost, Timed, by_reference, get_all, has_died
 from actors.placement import Cluster
 from actors.pool import POLL_SECONDS, Pool, Worker
 from actors.watchdog import Limit
@@ -112,7 +112,7 @@ class Generator(Pool[GeneratorWorker]):
                 break
             except PublicationLost as lost:
                 raise RoleLost("policy") from lost
-            except ray.exceptions.RayActorError as death:
+            except (ray.exceptions.RayActorError, Disconnected) as death:
                 dead = [worker for call, worker in calls.items() if has_died(call)]
                 if not dead:
                     raise RoleLost("policy") from death  # the sender

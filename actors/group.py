@@ -11,9 +11,11 @@ import logging
 import math
 import os
 import socket
+import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
@@ -21,8 +23,9 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar,
 import psutil
 import ray
 
+from actors.attempts import first_line
 from actors.stacks import keep_stacks_at_hand
-from actors.watchdog import START_SECONDS, Limit, is_dead, outlast, place_of
+from actors.watchdog import START_SECONDS, Limit, answers, is_dead, outlast, place_of
 from minigpt_ray.imports import without_collection
 from minigpt_ray.timeline import Mark, Span
 
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 GRACE_SECONDS = 5.0
 """How long, after a rank failed, another one's death may take to show: a collective breaks before Ray reports the process that broke it."""
+NODE_SECONDS = 90.0
+"""How long it may take on a host that takes no connections: Ray gives a node up after five unanswered questions, which is about a minute."""
 
 PULSE = "pulse"
 """The concurrency group of RankHost.pulse."""
@@ -100,12 +105,13 @@ class RankHost:
         outlast(hang_after_s)
         if ipaddress.ip_address(address).is_loopback:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        store = meet(address, port, self.rank.world, self.rank.index == 0)
-        dist.init_process_group("nccl" if self.rank.device == "cuda" else "gloo", store=store, rank=self.rank.index, world_size=self.rank.world)
+        with telling_disconnections():
+            store = meet(address, port, self.rank.world, self.rank.index == 0)
+            dist.init_process_group("nccl" if self.rank.device == "cuda" else "gloo", store=store, rank=self.rank.index, world_size=self.rank.world)
 
     def build(self, role: str, build: Callable[..., Any], *args: Any) -> dict[str, Any]:
         """Build a rank object; where this process is."""
-        with without_collection():
+        with without_collection(), telling_disconnections():
             self.roles[role] = build(self.rank, *args)
         return {"host": ray.util.get_node_ip_address(), "pid": os.getpid(), "device": self._device_name()}
 
@@ -124,8 +130,28 @@ class RankHost:
         """Run a method of a role's rank object; arguments that were put into the object store arrive as values."""
         values = [ray.get(a.ref) if isinstance(a, Shared) else a for a in args]
         began, start = time.time(), time.perf_counter()
-        value = method(self.roles[role], *values)
+        with telling_disconnections():
+            value = method(self.roles[role], *values)
         return Timed(value, began, time.perf_counter() - start, psutil.Process().memory_info().rss)
+
+
+class Disconnected(RuntimeError):
+    """A collective broke: another rank has died, or its host or the network is gone, which the rank that says so cannot tell apart."""
+
+
+@contextmanager
+def telling_disconnections() -> Iterator[None]:
+    """What torch and its libraries raise when another rank is gone becomes Disconnected; it is the machines' failure, not the code's."""
+    try:
+        yield
+    except Exception as error:
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is None:
+            raise
+        kinds = (distributed.DistBackendError, distributed.DistNetworkError, distributed.DistStoreError)
+        if isinstance(error, kinds) or (type(error) is RuntimeError and "/gloo/" in str(error)):  # gloo has no type of its own, and names its source file
+            raise Disconnected(f"{type(error).__name__}: {error}") from error
+        raise
 
 
 def family(address: str) -> socket.AddressFamily:
@@ -221,11 +247,11 @@ def covered_seconds(spans: Iterable[Span]) -> float:
 
 
 class RoleLost(RuntimeError):
-    """A process of a role died, and the role cannot be brought back without its state."""
+    """A process of a role died, or lost the others, and the role cannot be brought back without its state."""
 
-    def __init__(self, role: str, dead: str = "") -> None:
-        """`dead`: which of its processes, and where it was, as far as this is known."""
-        super().__init__(f"{dead or f'a process of {role}'} died")
+    def __init__(self, role: str, what: str = "") -> None:
+        """`what` happened to which of its processes, and where, as far as this is known."""
+        super().__init__(what or f"a process of {role} died")
         self.role = role
 
 
@@ -258,18 +284,17 @@ class Group(Generic[R]):
     def start(self) -> None:
         """Start processes and build the rank objects in them; raises RoleLost when one that is to bring them together dies before."""
         self.hosts = self.cluster.hosts(self.role)
-        if self._form_group:
-            try:
-                self.cluster.form_group(self.role)
-            except ray.exceptions.RayActorError as death:
-                raise self._lost(death) from death
+        try:
+            self._joining = self.cluster.form_group(self.role) if self._form_group else []
+        except ray.exceptions.RayActorError as death:
+            raise self._lost(death) from death
         self._building = [host.build.remote(self.role, self._build, *self._args) for host in self.hosts]
 
     def ready(self) -> None:
         """Wait until the rank objects are built; raises RoleLost when a process dies before."""
         try:
-            self._places = get_all(self._building, self._limit(RankHost.build, START_SECONDS))
-        except ray.exceptions.RayActorError as death:
+            self._places = get_all([*self._building, *self._joining], self._limit(RankHost.build, START_SECONDS))[: len(self._building)]
+        except (ray.exceptions.RayActorError, Disconnected) as death:
             raise self._lost(death) from death
 
     def _limit(self, method: Callable[..., Any], at_least: float = 0.0) -> Limit:
@@ -316,7 +341,7 @@ class Group(Generic[R]):
                 try:
                     timed = get_all(refs, self._limit(method))
                     break
-                except ray.exceptions.RayActorError as death:
+                except (ray.exceptions.RayActorError, Disconnected) as death:
                     self._revive(self._lost(death))
                     refs = submit()
             self.usage.busy_seconds += max((t.seconds for t in timed), default=0.0)
@@ -337,13 +362,25 @@ class Group(Generic[R]):
         except RoleLost as again:
             self._revive(again)
 
-    def _lost(self, death: ray.exceptions.RayActorError) -> RoleLost:
-        """Names those that Ray soon reports as dead, else the one whose call failed, as on a host that is gone and not yet known to be."""
-        end = time.monotonic() + GRACE_SECONDS
+    def _lost(self, failure: ray.exceptions.RayActorError | Disconnected) -> RoleLost:
+        """Names those that Ray reports as dead, soon or, when their host takes no connections, some time later; else what failed."""
+        dead = self._dead_within(GRACE_SECONDS)
+        if not dead and not all(map(answers, self.hosts)):
+            dead = self._dead_within(NODE_SECONDS)
+        if not dead:
+            if isinstance(failure, Disconnected):
+                reason = first_line(failure.cause if isinstance(failure, ray.exceptions.RayTaskError) else failure)
+                return RoleLost(self.role, f"ranks of {self.role} lost each other, and none of them died ({reason})")
+            dead = [index for index, host in enumerate(self.hosts) if host._actor_id.hex() == failure.actor_id]
+        named = ", ".join(f"{self.name_of(index)} ({place_of(self.hosts[index])})" for index in dead)
+        return RoleLost(self.role, f"{named} died" if named else "")
+
+    def _dead_within(self, seconds: float) -> list[int]:
+        """Which processes Ray reports as dead, as soon as there are some."""
+        end = time.monotonic() + seconds
         while not (dead := [index for index, host in enumerate(self.hosts) if is_dead(host)]) and time.monotonic() < end:
             time.sleep(0.1)
-        dead = dead or [index for index, host in enumerate(self.hosts) if host._actor_id.hex() == death.actor_id]
-        return RoleLost(self.role, ", ".join(f"{self.name_of(index)} ({place_of(self.hosts[index])})" for index in dead))
+        return dead
 
     def restart(self) -> None:
         """End the processes, start new ones and wait until they are ready."""

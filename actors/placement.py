@@ -233,17 +233,17 @@ class Cluster:
         self._started[name].tenants.add(role)
         return list(self._started[name].hosts)
 
-    def form_group(self, role: str) -> None:
-        """A role's processes join one process group, unless they have; RayActorError when the first of them has died."""
+    def form_group(self, role: str) -> list[Any]:
+        """Calls by which a role's processes join one process group, none when they have; RayActorError when the first of them has died."""
         name = self.home(role)
         started = self._started[name]
-        if not started.joined:
-            first = {f"{name} rank 0 of {len(started.hosts)}": started.hosts[0]}
-            limit = Limit(START_SECONDS, lambda _: self.end_hung(first, "its start", START_SECONDS))
-            ((address, port),) = get_all([started.hosts[0].address.remote()], limit)
-            for host in started.hosts:
-                host.join.remote(address, port, self.config.hang_after_s)
-            started.joined = True
+        if started.joined:
+            return []
+        first = {f"{name} rank 0 of {len(started.hosts)}": started.hosts[0]}
+        limit = Limit(START_SECONDS, lambda _: self.end_hung(first, "its start", START_SECONDS))
+        ((address, port),) = get_all([started.hosts[0].address.remote()], limit)
+        started.joined = True
+        return [host.join.remote(address, port, self.config.hang_after_s) for host in started.hosts]
 
     def host(self, name: str, index: int, place: Place) -> Any:
         """Start process `index` of a role in its place."""

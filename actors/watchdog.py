@@ -8,6 +8,7 @@ moment. Then it is killed, with all that it has started.
 import logging
 import math
 import os
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +26,8 @@ START_SECONDS = 1800.0
 """How long the start of a role may take at least: processes, imports, downloads, compilation."""
 REPORT_SECONDS = 60.0
 """How long its host may take to say so."""
+CONNECT_SECONDS = 5.0
+"""How long a process may take to accept a connection."""
 
 
 def collective_timeout(hang_after_s: float) -> timedelta:
@@ -85,6 +88,18 @@ def has_begun(host: Any) -> bool:
 def is_dead(host: Any) -> bool:
     """Whether an actor's process has ended, as far as Ray knows."""
     return bool(record_of(host)["State"] == "DEAD")
+
+
+def answers(host: Any) -> bool:
+    """Whether an actor's process takes connections, as far as it has begun; one that does not is dead, or its host is gone, before Ray knows of it."""
+    actor = record_of(host)
+    if not actor["Pid"]:
+        return True
+    try:
+        socket.create_connection((actor["Address"]["IPAddress"], actor["Address"]["Port"]), CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def end_hung(hosts: Mapping[str, Any], method: str, seconds: float, runtime_env: Mapping[str, Any]) -> None:

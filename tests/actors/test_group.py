@@ -18,7 +18,7 @@ import torch.distributed as dist
 from ray import cloudpickle
 
 from actors import watchdog
-from actors.group import Group, Pending, Rank, RoleLost, Shared, by_reference, covered_seconds, gather, get_all
+from actors.group import GRACE_SECONDS, Group, Pending, Rank, RoleLost, Shared, by_reference, covered_seconds, gather, get_all
 from actors.placement import Cluster
 from actors.watchdog import START_SECONDS, Limit, collective_timeout
 from minigpt_ray.config import PlacementConfig, RolePlacement
@@ -64,6 +64,13 @@ class Adder:
         value = torch.tensor([float(self.rank.index + 1)])
         dist.all_reduce(value)
         return float(value)
+
+    def leaves_the_group(self) -> None:
+        """On rank 1, which lives on; the others wait for it in a collective."""
+        if self.rank.index == 1:
+            dist.destroy_process_group()
+            time.sleep(60)
+        dist.all_reduce(torch.zeros(1))
 
     def patience(self) -> list[timedelta]:
         """How long collectives wait: of the group of all hosts, and of one that a library makes."""
@@ -255,6 +262,33 @@ def test_a_process_that_dies_before_the_group_is_formed_is_a_loss_of_the_role_an
                 group.restart()
         group.restart()
         assert group.call(Adder.sum_over_ranks).result() == [3.0, 3.0]
+
+
+@pytest.mark.ray
+def test_a_collective_that_breaks_is_a_loss_of_the_role_and_no_exception_of_its_code(ray_cluster: None) -> None:
+    with Cluster(PlacementConfig(), {"adder": RolePlacement(ranks=2)}) as cluster:
+        group = Group(cluster, "adder", Adder, 10, form_group=True)
+        group.ready()
+        with pytest.raises(RoleLost, match=r"ranks of adder lost each other, and none of them died \(Disconnected: RuntimeError: .*gloo"):
+            group.call(Adder.leaves_the_group).result()
+        group.restart()
+        assert group.call(Adder.sum_over_ranks).result() == [3.0, 3.0]
+
+
+@pytest.mark.ray
+def test_of_a_process_that_takes_no_connections_ray_s_word_is_waited_for(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a host that is gone, Ray knows of no death for a minute; until then whoever is started there would die unborn."""
+    with Cluster(PlacementConfig(), {"adder": RolePlacement(ranks=2)}) as cluster:
+        group = Group(cluster, "adder", Adder, 10, form_group=True)
+        group.ready()
+        pid = group.whereabouts()[1]["pid"]
+        assert all(map(watchdog.answers, group.hosts))
+        knows = time.monotonic() + GRACE_SECONDS + 2
+        monkeypatch.setattr("actors.group.is_dead", lambda host: time.monotonic() > knows and watchdog.is_dead(host))
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(RoleLost, match=rf"^adder rank 1 of 2 \(process {pid} on [\d.]+\) died$"):
+            group.call(Adder.sum_over_ranks).result()
+        assert [watchdog.answers(host) for host in group.hosts] == [True, False]
 
 
 @pytest.mark.ray

@@ -80,9 +80,9 @@ def test_roles_of_a_set_get_the_same_processes_which_join_one_group_once(ray_clu
     placement = PlacementConfig(colocate=(("reference", "policy", "rewards"),))
     with Cluster(placement, roles_of(placement, {})) as cluster:
         policy = cluster.hosts("policy")
-        cluster.form_group("policy")
+        assert len(cluster.form_group("policy")) == 1
         assert cluster.hosts("reference") == cluster.hosts("rewards") == policy
-        cluster.form_group("reference")  # which is formed
+        assert not cluster.form_group("reference")  # which is formed
         cluster.grant("rewards", 5000)  # whose calls the others in these processes wait for
         assert [cluster.patience(role) for role in ("policy", "rewards", "critic")] == [5000, 5000, placement.hang_after_s]
         critic = cluster.hosts("critic")
