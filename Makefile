@@ -7,6 +7,7 @@ RUN ?= demo
 SEED ?= 0
 WORKERS ?= 2
 FAULTS ?= 110
+FORM ?= narrow
 BENCH ?=
 BENCH_SUPERVISED ?=
 
@@ -31,8 +32,8 @@ unit: setup ## pytest, two files at a time (WORKERS=2): a job that starts keeps 
 test-cluster: setup ## a cluster of three hosts in network namespaces (needs root; else three nodes on one host)
 	.venv/bin/pytest -m cluster tests/cluster
 
-chaos: setup ## harm running jobs in every way that is known, for hours; goes on where it was stopped (FAULTS=110)
-	.venv/bin/python -m tests.chaos --faults $(FAULTS)
+chaos: setup ## harm running jobs in every way that is known, for hours; goes on where it was stopped (FAULTS=110 FORM=narrow, wide or hosts)
+	.venv/bin/python -m tests.chaos --form $(FORM) --faults $(FAULTS)
 
 demo: setup ## prepare, SFT, PPO, evaluate, in less than ten minutes on two cores (RUN=demo SEED=0); goes on where it was stopped
 	.venv/bin/python -m jobs.pipeline configs/demo/pipeline.yaml run=$(RUN) seed=$(SEED)

@@ -64,8 +64,8 @@ def play(world: World, undisturbed: Finished, number: int, moments: Sequence[Seq
             lived = (not any(FAULTS[name].ends for name in injected) or job.start_again()) and job.wait_for_step(max(step, job.step) + 1)
             seconds = max(0.0, time.monotonic() - began - 1.5 * usual)
             output = job.output[before:]
-            resumed = re.findall(r"goe?s? on after step (\d+)", output)
-            redone = step - min(int(resumed[-1]), step) if resumed else 0
+            begins = [int(after or 0) for after in re.findall(r"goe?s? on after step (\d+)|PPO starts", output)]
+            redone = step - min(begins[-1], step) if begins else 0
             for name in injected:
                 said = _line(name, output)
                 heard.append(before)

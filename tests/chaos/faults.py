@@ -165,7 +165,7 @@ REPLACED = rf"generator worker \d+ {WHERE} died(, with prompts with which anothe
 ENDED = r"{} \(process \d+ on [\d.]+, [\w-]+\) has been in .* for \d+ s and counts as dead"
 NEXT_DRIVER = r"the driver \(process \d+\) (was killed by SIG\w+|lost Ray, or a role \(code \d+\)); restart \d+ of 3, from the newest checkpoint"
 ANY = "|".join((REWOUND.format("(policy|critic)"), REPLACED, REPEATED.format("[a-z_0-9]+")))
-GOES_ON = r"PPO goes on after step \d+"
+GOES_ON = r"PPO (goes on after step \d+|starts: )"
 
 FAULTS = {
     "generator": Fault("generator worker, SIGKILL", _signal("generator", signal.SIGKILL), REPLACED),
