@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import ray
 
+from actors.attempts import first_line
 from actors.dispatch import SLOW, SLOW_SECONDS, Dispatch, Lengths
 from actors.fatal_prompts import GivenUp
 from actors.generator_worker import Answer, Completion, GeneratorWorker, Order, Received, Request, sampling_seed
 from actors.group import Disconnected, RoleLost, Timed, by_reference, get_all, has_died
 from actors.placement import Cluster
 from actors.pool import POLL_SECONDS, Pool, Worker
-from actors.watchdog import Limit
+from actors.watchdog import Limit, wait_for_word
 from actors.weights import TRANSPORTS, Publication, PublicationLost
 from minigpt_ray.config import GeneratorConfig, SamplingConfig
 from minigpt_ray.model_directory import same_but_for_weights
@@ -111,11 +112,12 @@ class Generator(Pool[GeneratorWorker]):
                 timed = get_all([*in_time, *sending], limit)[: len(in_time)]
                 break
             except PublicationLost as lost:
-                raise RoleLost("policy") from lost
+                raise RoleLost("policy", self._without_sender(lost)) from lost
             except (ray.exceptions.RayActorError, Disconnected) as death:
+                wait_for_word([worker.host for worker in calls.values()])
                 dead = [worker for call, worker in calls.items() if has_died(call)]
                 if not dead:
-                    raise RoleLost("policy") from death  # the sender
+                    raise RoleLost("policy", self._without_sender(death)) from death
                 for worker in dead:
                     self.replace(worker, death)
         self.usage.busy_seconds += max(t.seconds for t in timed)
@@ -126,6 +128,11 @@ class Generator(Pool[GeneratorWorker]):
         for call in in_time:
             self._has_proved(calls[call])
         self._loading.update({call: worker for call, worker in calls.items() if call not in in_time})
+
+    def _without_sender(self, failure: Exception) -> str:
+        """What is to be said when a publication could not be had, and no worker died of it."""
+        reason = failure.cause if isinstance(failure, ray.exceptions.RayTaskError) else failure
+        return f"the policy's weights {self.version} did not reach the {self.role} ({first_line(reason)})"
 
     def _in_time(self, calls: Mapping[Any, Worker]) -> tuple[list[Any], Limit]:
         """Those of some calls to load weights that the driver waits for, in their order, and for how long.
@@ -175,7 +182,10 @@ class Generator(Pool[GeneratorWorker]):
         for worker in self.workers:
             if worker.version != self.version and worker not in under_way:
                 worker.since = time.monotonic()
-                self._loading[self._load(worker)] = worker
+                try:
+                    self._loading[self._load(worker)] = worker
+                except (PublicationLost, Disconnected, ray.exceptions.RayActorError) as lost:
+                    raise RoleLost("policy", self._without_sender(lost)) from lost
         self._see_loads()
 
     def _see_loads(self, another_comes: bool = False) -> None:
@@ -188,9 +198,9 @@ class Generator(Pool[GeneratorWorker]):
                 if worker in self.workers:  # else it was sent away meanwhile
                     self.replace(worker, death)
                 continue
-            except PublicationLost as lost:
+            except (PublicationLost, Disconnected) as lost:
                 if not another_comes:
-                    raise RoleLost("policy") from lost
+                    raise RoleLost("policy", self._without_sender(lost)) from lost
                 continue
             if received is None or received.version == self.version:
                 self._has_proved(worker)

@@ -25,7 +25,7 @@ import ray
 
 from actors.attempts import first_line
 from actors.stacks import keep_stacks_at_hand
-from actors.watchdog import START_SECONDS, Limit, answers, is_dead, outlast, place_of
+from actors.watchdog import START_SECONDS, Limit, is_dead, outlast, place_of, wait_for_word
 from minigpt_ray.imports import without_collection
 from minigpt_ray.timeline import Mark, Span
 
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 GRACE_SECONDS = 5.0
 """How long, after a rank failed, another one's death may take to show: a collective breaks before Ray reports the process that broke it."""
-NODE_SECONDS = 90.0
-"""How long it may take on a host that takes no connections: Ray gives a node up after five unanswered questions, which is about a minute."""
 
 PULSE = "pulse"
 """The concurrency group of RankHost.pulse."""
@@ -135,6 +133,10 @@ class RankHost:
         return Timed(value, began, time.perf_counter() - start, psutil.Process().memory_info().rss)
 
 
+OF_THE_CODE = ("[enforce fail", "ncclInvalid", "Duplicate GPU", "out of memory")
+"""Words of what gloo and NCCL say of a call that is wrong, or too large, with every rank there."""
+
+
 class Disconnected(RuntimeError):
     """A collective broke: another rank has died, or its host or the network is gone, which the rank that says so cannot tell apart."""
 
@@ -149,7 +151,10 @@ def telling_disconnections() -> Iterator[None]:
         if distributed is None:
             raise
         kinds = (distributed.DistBackendError, distributed.DistNetworkError, distributed.DistStoreError)
-        if isinstance(error, kinds) or (type(error) is RuntimeError and "/gloo/" in str(error)):  # gloo has no type of its own, and names its source file
+        of_network = isinstance(error, kinds) or (
+            type(error) is RuntimeError and "/gloo/" in str(error)
+        )  # gloo has no type of its own, and names its source file
+        if of_network and not any(words in str(error) for words in OF_THE_CODE):
             raise Disconnected(f"{type(error).__name__}: {error}") from error
         raise
 
@@ -258,8 +263,10 @@ class RoleLost(RuntimeError):
 class OutOfRestarts(RuntimeError):
     """Processes of a role died more often than they may be replaced."""
 
-    def __init__(self, role: str, limit: str) -> None:
-        super().__init__(f"processes of {role} died more often than {limit} allows; see their logs for the cause; PPO goes on with checkpoint.resume=auto")
+    def __init__(self, role: str, limit: str, last: object = "") -> None:
+        """`last`: what happened the last time."""
+        cause = f"see their logs for the cause{f' (the last time: {last})' if last else ''}"
+        super().__init__(f"processes of {role} died more often than {limit} allows; {cause}; PPO goes on with checkpoint.resume=auto")
 
 
 class Group(Generic[R]):
@@ -274,6 +281,7 @@ class Group(Generic[R]):
         self.cluster, self.role, self._form_group = cluster, role, form_group
         self._build, self._args = build, args
         self._places: list[dict[str, Any]] = []
+        self._joining: list[Any] = []
         self._restart_limit = self._restarts_left = restarts
         self.restarts = 0
         self.usage = Usage()
@@ -330,20 +338,21 @@ class Group(Generic[R]):
     def _submit(self, method: Callable[..., T], arguments: Callable[[], Sequence[tuple[Any, ...]]]) -> Pending[list[T]]:
         """`arguments`: of those ranks that there are when the call is made, which may be made again."""
 
-        def submit() -> list[Any]:
-            return [host.call.remote(self.role, method, tuple(map(by_reference, args))) for host, args in zip(self.hosts, arguments(), strict=True)]
+        def submit() -> tuple[list[Any], list[Any]]:
+            return self.hosts, [host.call.remote(self.role, method, tuple(map(by_reference, args))) for host, args in zip(self.hosts, arguments(), strict=True)]
 
-        refs = submit()
+        hosts, refs = submit()
 
         def result() -> list[T]:
-            nonlocal refs
+            nonlocal hosts, refs
             while True:
                 try:
                     timed = get_all(refs, self._limit(method))
                     break
                 except (ray.exceptions.RayActorError, Disconnected) as death:
-                    self._revive(self._lost(death))
-                    refs = submit()
+                    if self.hosts is hosts:  # else another call's result has replaced them already
+                        self._revive(self._lost(death))
+                    hosts, refs = submit()
             self.usage.busy_seconds += max((t.seconds for t in timed), default=0.0)
             self.usage.memory_bytes = sum(t.memory_bytes for t in timed)
             self.usage.span(method.__name__, dict(enumerate(timed)))
@@ -363,10 +372,12 @@ class Group(Generic[R]):
             self._revive(again)
 
     def _lost(self, failure: ray.exceptions.RayActorError | Disconnected) -> RoleLost:
-        """Names those that Ray reports as dead, soon or, when their host takes no connections, some time later; else what failed."""
-        dead = self._dead_within(GRACE_SECONDS)
-        if not dead and not all(map(answers, self.hosts)):
-            dead = self._dead_within(NODE_SECONDS)
+        """Names those that Ray reports as dead, soon, or some time later where one takes no connections; else what failed."""
+        end = time.monotonic() + GRACE_SECONDS
+        while not any(map(is_dead, self.hosts)) and time.monotonic() < end:
+            time.sleep(0.1)
+        wait_for_word(self.hosts)
+        dead = [index for index, host in enumerate(self.hosts) if is_dead(host)]
         if not dead:
             if isinstance(failure, Disconnected):
                 reason = first_line(failure.cause if isinstance(failure, ray.exceptions.RayTaskError) else failure)
@@ -374,13 +385,6 @@ class Group(Generic[R]):
             dead = [index for index, host in enumerate(self.hosts) if host._actor_id.hex() == failure.actor_id]
         named = ", ".join(f"{self.name_of(index)} ({place_of(self.hosts[index])})" for index in dead)
         return RoleLost(self.role, f"{named} died" if named else "")
-
-    def _dead_within(self, seconds: float) -> list[int]:
-        """Which processes Ray reports as dead, as soon as there are some."""
-        end = time.monotonic() + seconds
-        while not (dead := [index for index, host in enumerate(self.hosts) if is_dead(host)]) and time.monotonic() < end:
-            time.sleep(0.1)
-        return dead
 
     def restart(self) -> None:
         """End the processes, start new ones and wait until they are ready."""
@@ -464,22 +468,27 @@ def get_all(refs: Sequence[Any], limit: Limit | None = None) -> list[Any]:
             ray.get(done)
         except ray.exceptions.RayActorError:
             raise
-        except Exception:
+        except Exception as first:
             failed, _ = ray.wait(waiting, num_returns=len(waiting), timeout=GRACE_SECONDS) if waiting else ([], [])
-            dead = [ref for ref in failed if has_died(ref)]
-            if dead:
-                ray.get(dead)
+            others = [failure for ref in failed if (failure := failure_of(ref)) is not None]
+            deaths = [failure for failure in others if isinstance(failure, ray.exceptions.RayActorError)]
+            causes = [failure for failure in others if not isinstance(failure, Disconnected)] if isinstance(first, Disconnected) else []
+            for cause in [*deaths, *causes][:1]:
+                raise cause from None
             raise
     return ray.get(list(refs))
 
 
 def has_died(ref: Any) -> bool:
     """Whether a call ended, now or within the grace, because its process died."""
+    return isinstance(failure_of(ref), ray.exceptions.RayActorError)
+
+
+def failure_of(ref: Any) -> Exception | None:
+    """With what a call failed, now or within the grace; None when it did not."""
     done, _ = ray.wait([ref], timeout=GRACE_SECONDS)
     try:
         ray.get(done)
-    except ray.exceptions.RayActorError:
-        return True
-    except ray.exceptions.RayError:
-        return False
-    return False
+    except ray.exceptions.RayError as error:
+        return error
+    return None

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from actors.attempts import first_line
-from actors.group import Group, OutOfRestarts, R, RankHost, has_died
+from actors.group import Group, OutOfRestarts, R, RankHost, RoleLost, has_died
 from actors.parent import driver_restarts
 from actors.placement import Cluster, Place
 from actors.watchdog import START_SECONDS, has_begun, place_of
@@ -248,9 +248,12 @@ class Pool(Group[R]):
     def _late_wishes(self) -> list[_Wish]:
         return [wish for wish in self._wishes if time.monotonic() - wish.since > ROOM_SECONDS]
 
-    def _revive(self, death: Exception) -> None:
-        for worker in [worker for worker in self.workers if has_died(worker.host.address.remote())]:
-            self.replace(worker, death)
+    def _revive(self, lost: RoleLost) -> None:
+        dead = [worker for worker in self.workers if has_died(worker.host.address.remote())]
+        if not dead:
+            raise lost
+        for worker in dead:
+            self.replace(worker, lost)
         self._advance_until(lambda: bool(self.hosts) and all(worker.newcomer for worker in self._coming.values()))
 
     def _look(self) -> None:

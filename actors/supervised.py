@@ -29,7 +29,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
 from actors.dataset import Sources, left_out, prepare_windows
-from actors.group import RoleLost
+from actors.group import Disconnected, RoleLost
 from actors.mailbox import Begun, Logged, Mailbox, Saving, Started, Stopped, work
 from actors.parent import driver_restarts, got_further
 from actors.placement import connect, environment
@@ -53,8 +53,8 @@ from minigpt_ray.tracking import Tracker, writing
 SENTENCES = (DataError, ExportError, PlacementError, StageError, TokenizerError)
 """What `fit` refuses, or ends a run with, and says in a sentence why."""
 
-DEATHS = (RayActorError, WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError)
-"""What Ray Train reports of a worker that died, or does not answer it. It may not have noticed it yet when those that waited for it have failed."""
+DEATHS = (RayActorError, WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError, Disconnected)
+"""What Ray Train reports of a worker that died, or does not answer it; it may not have noticed it yet when those that waited for it have failed: the last."""
 
 KEEP_FREED_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
 """glibc's malloc keeps what a step frees for the next one. Ray Train computes in a thread, where malloc by itself gives it back to the kernel and

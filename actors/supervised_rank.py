@@ -19,6 +19,7 @@ from torch import nn
 
 from actors.dataset import Sources
 from actors.engine import Engine, all_reduce_sum
+from actors.group import telling_disconnections
 from actors.mailbox import Begun, Logged, Pulse, Sender, Started, Stopped
 from actors.reference_logprobs import with_reference
 from actors.stacks import keep_stacks_at_hand
@@ -58,6 +59,7 @@ def num_steps(config: SupervisedConfig, windows: Sources) -> int:
     return config.steps
 
 
+@telling_disconnections()
 def train(ready: Ready, stored: Mapping[str, Path], mailbox: Any) -> None:
     """What every Ray Train worker does; rank 0 is the one that sends."""
     keep_stacks_at_hand()

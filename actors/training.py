@@ -178,7 +178,7 @@ class Training:
         """Start both learners, and whoever shares their processes, again from the newest checkpoint."""
         with_a_learner = self.policy.cluster.with_a_learner
         if not with_a_learner(lost.role) or self._rewinds_left == 0:
-            raise OutOfRestarts(lost.role, f"restart_limit={self.config.restart_limit}") from lost
+            raise OutOfRestarts(lost.role, f"restart_limit={self.config.restart_limit}", lost) from lost
         self._rewinds_left -= 1
         self._changing = True
         checkpoint = self.ready.checkpoints.latest()

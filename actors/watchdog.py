@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,6 +27,8 @@ START_SECONDS = 1800.0
 """How long the start of a role may take at least: processes, imports, downloads, compilation."""
 REPORT_SECONDS = 60.0
 """How long its host may take to say so."""
+NODE_SECONDS = 90.0
+"""How long Ray may take to know that a host is gone: it gives a node up after five unanswered questions, which is about a minute."""
 CONNECT_SECONDS = 5.0
 """How long a process may take to accept a connection."""
 
@@ -100,6 +103,13 @@ def answers(host: Any) -> bool:
     except OSError:
         return False
     return True
+
+
+def wait_for_word(hosts: Sequence[Any]) -> None:
+    """Until Ray knows of the death of each of these actors that takes no connections, so that none is started again on a host that is gone."""
+    end = time.monotonic() + NODE_SECONDS
+    while not all(is_dead(host) or answers(host) for host in hosts) and time.monotonic() < end:
+        time.sleep(0.2)
 
 
 def end_hung(hosts: Mapping[str, Any], method: str, seconds: float, runtime_env: Mapping[str, Any]) -> None:

@@ -18,7 +18,20 @@ import torch.distributed as dist
 from ray import cloudpickle
 
 from actors import watchdog
-from actors.group import GRACE_SECONDS, Group, Pending, Rank, RoleLost, Shared, by_reference, covered_seconds, gather, get_all
+from actors.group import (
+    GRACE_SECONDS,
+    Disconnected,
+    Group,
+    Pending,
+    Rank,
+    RoleLost,
+    Shared,
+    by_reference,
+    covered_seconds,
+    gather,
+    get_all,
+    telling_disconnections,
+)
 from actors.placement import Cluster
 from actors.watchdog import START_SECONDS, Limit, collective_timeout
 from minigpt_ray.config import PlacementConfig, RolePlacement
@@ -262,6 +275,28 @@ def test_a_process_that_dies_before_the_group_is_formed_is_a_loss_of_the_role_an
                 group.restart()
         group.restart()
         assert group.call(Adder.sum_over_ranks).result() == [3.0, 3.0]
+
+
+@pytest.mark.ray
+def test_calls_that_were_made_before_a_process_died_are_all_repeated_and_cost_one_restart(ray_cluster: None) -> None:
+    """As the chunks of a step, which are all asked for before the first answer is looked at."""
+    with Cluster(PlacementConfig(), {"adder": RolePlacement()}) as cluster:
+        group = Group(cluster, "adder", Adder, 10, restarts=1)
+        group.ready()
+        pending = [group.call(Adder.naps), *(group.call(Adder.add, number) for number in range(3))]
+        os.kill(group.whereabouts()[0]["pid"], signal.SIGKILL)
+        (pid,) = pending[0].result()
+        assert [p.result() for p in pending[1:]] == [[10], [11], [12]] and group.restarts == 1
+        assert pid == group.whereabouts()[0]["pid"]
+
+
+def test_what_gloo_says_of_a_wrong_call_is_an_exception_of_the_code() -> None:
+    with pytest.raises(Disconnected, match="Connection closed by peer"), telling_disconnections():
+        raise RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:46274")
+    for error in (RuntimeError("[enforce fail at /third_party/gloo/gloo/types.h:29] op.preamble.length <= op.nbytes"), ValueError("no /gloo/ here")):
+        with pytest.raises(type(error)) as caught, telling_disconnections():
+            raise error
+        assert caught.value is error
 
 
 @pytest.mark.ray

@@ -45,7 +45,7 @@ def main() -> int:
         for number in range(ledger.rounds + 1, len(rounds) + 1):
             entries = play(world, undisturbed, number, [[name] for name in rounds[number - 1]], arguments.seed, lambda line: print(line, flush=True))
             ledger.add(entries)
-            print(f"round {number} of {len(rounds)}: {entries[-1].result if entries else 'lost'}", flush=True)
+            print(f"round {number} of {len(rounds)}: {entries[-1].result if entries else 'nothing was injected'}", flush=True)
     print(ledger.table())
     return int(any(entry.result != "exact" for entry in ledger.entries))
 

@@ -14,7 +14,7 @@ from statistics import median
 import psutil
 
 from tests.chaos.faults import FAULTS
-from tests.chaos.world import Job, World, living
+from tests.chaos.world import END_SECONDS, Job, World, living
 from tests.jobs.runs import CHECKOUT, GAPS, Finished, different_tokens, numbers
 
 PATIENCE_STEPS = 6
@@ -93,8 +93,8 @@ def _line(name: str, output: str) -> str:
 
 def _inject(name: str, job: Job, random: Random) -> bool:
     """As soon as there is something to do it to; False when there is nothing for some steps, or the job ends before."""
-    last = job.step + PATIENCE_STEPS
-    while job.code() is None and job.step <= last:
+    last, end = job.step + PATIENCE_STEPS, time.monotonic() + END_SECONDS
+    while job.code() is None and job.step <= last and time.monotonic() < end:
         with suppress(psutil.NoSuchProcess):  # somebody ended meanwhile
             if FAULTS[name].inject(job, random):
                 return True

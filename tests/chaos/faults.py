@@ -158,13 +158,14 @@ def _rank(job: Job, random: Random) -> bool:
     return _signal(random.choice(LEARNERS), signal.SIGKILL)(job, random)
 
 
-WHERE = r"\(process \d+ on [\d.]+\)"
+WHERE = r"\((process \d+ on [\d.]+|not begun yet)\)"
 REPEATED = rf"{{}} rank \d+ of \d+ {WHERE} died; the role is started again and the call repeated"
 REWOUND = rf"{{}} rank \d+ of \d+ {WHERE} died; the learners start again and go on after step"
 REPLACED = rf"generator worker \d+ {WHERE} died(, with prompts with which another one died)?; a new one takes its place"
 ENDED = r"{} \(process \d+ on [\d.]+, [\w-]+\) has been in .* for \d+ s and counts as dead"
 NEXT_DRIVER = r"the driver \(process \d+\) (was killed by SIG\w+|lost Ray, or a role \(code \d+\)); restart \d+ of 3, from the newest checkpoint"
-ANY = "|".join((REWOUND.format("(policy|critic)"), REPLACED, REPEATED.format("[a-z_0-9]+")))
+APART = r"ranks of (policy|critic) lost each other, and none of them died .*; the learners start again and go on after step"
+ANY = "|".join((REWOUND.format("(policy|critic)"), APART, REPLACED, REPEATED.format("[a-z_0-9]+"), NEXT_DRIVER))
 GOES_ON = r"PPO (goes on after step \d+|starts: )"
 
 FAULTS = {

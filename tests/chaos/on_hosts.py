@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.chaos.world import FORMS, Job, World
@@ -60,9 +60,8 @@ class JobOnHosts(Job):
     def code(self) -> int | None:
         """None as well where nobody says it; asked every second."""
         if time.monotonic() > self._asked + 1:
-            self._asked, self._code = time.monotonic(), None
-            with suppress(OSError):
-                self._code = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": 1}.get(self.world.hosts.status(self._names[-1]))
+            self._asked = time.monotonic()
+            self._code = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": 1}.get(self.world.hosts.status(self._names[-1]))
         return self._code
 
     def end(self) -> None:

@@ -3,6 +3,7 @@
 Where these are not permitted the nodes of Ray share the machine's network, and whoever asks is told so.
 """
 
+import http.client
 import json
 import os
 import shlex
@@ -58,6 +59,8 @@ class Host:
     """It has a namespace."""
     raylet: subprocess.Popen[bytes] | None = None
     powered: bool = True
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held while the power goes or comes, or Ray is started."""
 
     @property
     def address(self) -> str:
@@ -70,20 +73,22 @@ class Host:
     def processes(self) -> list[psutil.Process]:
         """All that run here."""
         if self.isolated:
-            found = map(int, run("ip", "netns", "pids", self.name, check=False).stdout.split())
+            found = map(int, run("ip", "netns", "pids", self.name).stdout.split()) if self.name in run("ip", "netns", "list").stdout.split() else []
             return [process for pid in found for process in family(pid)[:1]]
         return family(self.raylet.pid) if self.raylet is not None and self.raylet.poll() is None else []
 
     def lose(self) -> None:
         """The power goes: every process ends at once, and the others hear nothing of it before the host is switched on again."""
-        self.powered = False
-        self.cut_off()
-        self.end()
+        with self.lock:
+            self.powered = False
+            self.cut_off()
+            self.end()
 
     def switch_on(self) -> None:
-        """The power is back; nothing runs yet."""
-        self.cut_off(False)
-        self.powered = True
+        """The power is back, or the network; of a host that was lost nothing runs yet."""
+        with self.lock:
+            self.cut_off(False)
+            self.powered = True
 
     def end(self) -> None:
         """Every process is killed."""
@@ -126,8 +131,7 @@ class Hosts:
         return f"http://{self.hosts[0].address}:8265"
 
     def start(self, host: Host) -> None:
-        """`ray start` on a host, for the first time or after it was lost."""
-        host.switch_on()
+        """`ray start` on a host."""
         head = host is self.hosts[0]
         role = ["--head", "--port=6379", "--dashboard-host=0.0.0.0"] if head else [f"--address={self.hosts[0].address}:6379"]
         options = [*role, "--block", "--disable-usage-stats", f"--node-ip-address={host.address}", f"--num-cpus={host.cpus}", f"--labels={host.labels}"]
@@ -142,6 +146,7 @@ class Hosts:
         for host in self.hosts:
             if host.raylet is not None:
                 host.raylet.wait(START_SECONDS)
+            host.switch_on()
         self.start_all()
 
     def start_all(self) -> None:
@@ -165,11 +170,14 @@ class Hosts:
         assert done.returncode == 0, done.stdout
 
     def status(self, name: str) -> str:
-        """Of a job, as the head says over HTTP: `PENDING`, `RUNNING`, `SUCCEEDED`, `FAILED`, `STOPPED`; OSError when it says nothing."""
+        """Of a job, as the head says over HTTP: `PENDING`, `RUNNING`, `SUCCEEDED`, `FAILED`, `STOPPED`; empty when it says nothing."""
         token = (Path(self.environment["HOME"]) / ".ray" / "auth_token").read_text().strip()
         request = urllib.request.Request(f"{self.dashboard}/api/jobs/{name}", headers={"Authorization": f"Bearer {token}"})
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            return json.load(answer)["status"]
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return json.load(answer)["status"]
+        except (OSError, http.client.HTTPException, ValueError):  # the last: it was cut off in the middle of an answer
+            return ""
 
     def log(self, name: str) -> str:
         """What a job has said so far."""
@@ -183,8 +191,9 @@ class Hosts:
         def keep() -> None:
             while not over.wait(1):
                 for host in self.hosts:
-                    if host.powered and host.raylet is not None and host.raylet.poll() is not None:
-                        self.start(host)
+                    with host.lock:
+                        if host.powered and host.raylet is not None and host.raylet.poll() is not None:
+                            self.start(host)
 
         keeper = threading.Thread(target=keep)
         keeper.start()

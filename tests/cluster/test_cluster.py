@@ -90,7 +90,7 @@ class Submitted:
     def wait_for(self, happened: Callable[[], bool], seconds: float = 400) -> None:
         deadline = time.monotonic() + seconds
         while not happened():
-            assert self.status in ("PENDING", "RUNNING", "SUCCEEDED") and time.monotonic() < deadline, self.output[-5000:]
+            assert self.status in ("PENDING", "RUNNING", "SUCCEEDED", "") and time.monotonic() < deadline, self.output[-5000:]
             time.sleep(0.5)
 
     def wait_for_step(self, step: int) -> None:
@@ -145,6 +145,7 @@ def test_the_host_of_the_generator_is_lost_and_comes_back(alone: Finished, hosts
     job.wait_for_step(3)
     hosts["mgr-generator"].lose()
     time.sleep(5)
+    hosts["mgr-generator"].switch_on()
     hosts.start(hosts["mgr-generator"])
     run = job.finish()
     assert re.search(r"generator worker \d+ \(process \d+ on [\d.]+\) died; a new one takes its place", run.output), run.output[-5000:]
