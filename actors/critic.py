@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from actors.engine import Engine, Stats
 from actors.forward import in_micro_batches
-from actors.group import Group, Pending, Rank
+from actors.group import Group, Pending
 from actors.learner import Learner
 from actors.placement import Cluster
+from actors.rank_host import Rank
 from minigpt_ray.config import AlgorithmConfig, CriticConfig, PPOConfig
 from minigpt_ray.losses import clipped_value_loss
 from minigpt_ray.model_directory import resolve_model

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from actors.group import Rank
+from actors.rank_host import Rank
 from minigpt_ray.rl.batching import micro_batches
 from minigpt_ray.rl.experience import RolloutBatch
 

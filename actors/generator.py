@@ -12,9 +12,10 @@ from actors.attempts import first_line
 from actors.dispatch import SLOW, SLOW_SECONDS, Dispatch, Lengths
 from actors.fatal_prompts import GivenUp
 from actors.generator_worker import Answer, Completion, GeneratorWorker, Order, Received, Request, sampling_seed
-from actors.group import Disconnected, RoleLost, Timed, by_reference, get_all, has_died
+from actors.group import RoleLost, by_reference, get_all, has_died
 from actors.placement import Cluster
 from actors.pool import POLL_SECONDS, Pool, Worker
+from actors.rank_host import Disconnected, Timed
 from actors.watchdog import Limit, wait_for_word
 from actors.weights import TRANSPORTS, Publication, PublicationLost
 from minigpt_ray.config import GeneratorConfig, SamplingConfig

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from torch import Tensor
 
-from actors.group import Rank
+from actors.rank_host import Rank
 from actors.stacks import end_family
 from actors.weights import TRANSPORTS, Publication, PublicationLost, WeightsError, probe_gap
 from minigpt_ray.config import GeneratorConfig, SamplingConfig

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from actors.engine import Engine, Stats, Update, never
-from actors.group import Rank
+from actors.rank_host import Rank
 from minigpt_ray.checkpoint import batch_path, save_batch
 from minigpt_ray.config import AlgorithmConfig
 from minigpt_ray.rl.batching import micro_batches, mini_batches

@@ -20,9 +20,10 @@ from ray._private.node import Node
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.group import PULSE, RankHost, get_all
+from actors.group import get_all
 from actors.parent import driver_restarts
 from actors.preflight import DECIMALS, PlacementError, bundle, in_order, preflight, table
+from actors.rank_host import PULSE, RankHost
 from actors.watchdog import START_SECONDS, Limit, end_hung, record_of
 from minigpt_ray.config import AnyPlacement, AnyReward, GeneratorPlacement, ModelReward, PlacementConfig, RolePlacement
 from minigpt_ray.flops import cpu_peak_flops, gpu_peak_flops

@@ -13,9 +13,10 @@ from typing import Any
 import ray
 
 from actors.attempts import first_line
-from actors.group import Group, OutOfRestarts, R, RankHost, RoleLost, has_died
+from actors.group import Group, OutOfRestarts, R, RoleLost, has_died
 from actors.parent import driver_restarts
 from actors.placement import Cluster, Place
+from actors.rank_host import RankHost
 from actors.watchdog import START_SECONDS, has_begun, place_of
 from minigpt_ray.config import GeneratorPlacement
 from minigpt_ray.scaling import Requests, refusal

@@ -5,8 +5,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from actors.forward import in_micro_batches
-from actors.group import Group, Pending, Rank
+from actors.group import Group, Pending
 from actors.placement import Cluster
+from actors.rank_host import Rank
 from minigpt_ray.config import PPOConfig, ReferenceConfig
 from minigpt_ray.model_directory import resolve_model
 from minigpt_ray.models import TokenLogprobs, load_causal

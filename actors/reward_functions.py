@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from actors.attempts import Fault, Scored, Source, Tally, first_line
-from actors.group import Rank
+from actors.rank_host import Rank
 from actors.reward_http import RewardServer
 from actors.reward_process import FunctionProcess
 from minigpt_ray.config import FunctionReward, HttpReward, VerifierReward

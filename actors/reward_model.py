@@ -8,8 +8,9 @@ from torch import Tensor
 
 from actors.attempts import RewardError
 from actors.forward import in_micro_batches
-from actors.group import Group, Pending, Rank
+from actors.group import Group, Pending
 from actors.placement import Cluster
+from actors.rank_host import Rank
 from actors.reward_sources import load_calibration
 from minigpt_ray.config import ModelReward
 from minigpt_ray.model_directory import resolve_model

@@ -29,12 +29,13 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
 from actors.dataset import Sources, left_out, prepare_windows
-from actors.group import Disconnected, RoleLost
+from actors.group import RoleLost
 from actors.mailbox import Begun, Logged, Mailbox, Saving, Started, Stopped, work
 from actors.parent import driver_restarts, got_further
 from actors.placement import connect, environment
 from actors.preflight import PlacementError, preflight
 from actors.prometheus import sinks
+from actors.rank_host import Disconnected
 from actors.stage_inputs import Ready, StageError
 from actors.supervised_rank import num_steps
 from actors.watchdog import START_SECONDS, Whereabouts, collective_timeout, end_hung_processes

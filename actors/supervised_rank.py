@@ -19,8 +19,8 @@ from torch import nn
 
 from actors.dataset import Sources
 from actors.engine import Engine, all_reduce_sum
-from actors.group import telling_disconnections
 from actors.mailbox import Begun, Logged, Pulse, Sender, Started, Stopped
+from actors.rank_host import telling_disconnections
 from actors.reference_logprobs import with_reference
 from actors.stacks import keep_stacks_at_hand
 from actors.stage_inputs import Ready

@@ -21,7 +21,7 @@ import xxhash
 from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
-from actors.group import meet
+from actors.rank_host import meet
 from actors.watchdog import START_SECONDS
 from minigpt_ray.config import MEETING_SECONDS
 

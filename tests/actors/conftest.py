@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from actors.group import RankHost
+from actors.rank_host import RankHost
 from minigpt_ray.models import build_causal, export
 from minigpt_ray.tokenizer import train_tokenizer
 

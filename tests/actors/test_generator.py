@@ -25,8 +25,9 @@ from transformers import AutoModelForCausalLM, LogitsProcessorList, MinPLogitsWa
 from actors.fatal_prompts import FatalPrompts
 from actors.generator import Generator
 from actors.generator_worker import Answer, Completion, GeneratorEngine, GeneratorWorker, Key, Order, Request, sampling_seed
-from actors.group import OutOfRestarts, Rank
+from actors.group import OutOfRestarts
 from actors.placement import Cluster
+from actors.rank_host import Rank
 from actors.transformers_engine import filtered_logprobs
 from actors.weights import Probe, Publication, WeightsError, probe_tokens, publish
 from minigpt_ray.config import GeneratorConfig, GeneratorPlacement, PlacementConfig, SamplingConfig

@@ -18,21 +18,9 @@ import torch.distributed as dist
 from ray import cloudpickle
 
 from actors import watchdog
-from actors.group import (
-    GRACE_SECONDS,
-    Disconnected,
-    Group,
-    Pending,
-    Rank,
-    RoleLost,
-    Shared,
-    by_reference,
-    covered_seconds,
-    gather,
-    get_all,
-    telling_disconnections,
-)
+from actors.group import GRACE_SECONDS, Group, Pending, RoleLost, by_reference, covered_seconds, gather, get_all
 from actors.placement import Cluster
+from actors.rank_host import Disconnected, Rank, Shared, telling_disconnections
 from actors.watchdog import START_SECONDS, Limit, collective_timeout
 from minigpt_ray.config import PlacementConfig, RolePlacement
 from minigpt_ray.timeline import Span
@@ -379,7 +367,7 @@ LISTENING = """
 import socket
 import psutil, torch
 import torch.distributed as dist
-from actors.group import RankHost
+from actors.rank_host import RankHost
 
 with socket.create_server(("127.0.0.1", 0)) as probe:
     port = probe.getsockname()[1]

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from actors.critic import CriticRank, NoCritic
-from actors.group import Rank, RankHost
 from actors.placement import Cluster
 from actors.policy import PolicyRank
+from actors.rank_host import Rank, RankHost
 from minigpt_ray.config import AlgorithmConfig, CriticConfig, OptimizerConfig, PlacementConfig, PolicyConfig
 from minigpt_ray.model_directory import ExportError
 from minigpt_ray.models import TokenLogprobs, TokenValues, export, load_causal, load_scalar

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from actors.group import RankHost
 from actors.placement import Cluster, environment, peak_flops, roles_of, roles_of_evaluation
+from actors.rank_host import RankHost
 from minigpt_ray.config import FunctionReward, GeneratorPlacement, ModelReward, PlacementConfig, RolePlacement, VerifierReward
 
 MODEL = ModelReward(init_from="reward_model")

@@ -22,9 +22,10 @@ from ray._private.parameter import RayParams
 from actors import pool
 from actors.generator import Generation, Generator
 from actors.generator_worker import GeneratorWorker
-from actors.group import OutOfRestarts, Rank
+from actors.group import OutOfRestarts
 from actors.parent import RESTARTS
 from actors.placement import Cluster
+from actors.rank_host import Rank
 from minigpt_ray.config import GeneratorConfig, GeneratorPlacement, PlacementConfig, SamplingConfig
 from minigpt_ray.models import load_causal
 from minigpt_ray.rl.experience import Prompt, Rollout

@@ -20,8 +20,8 @@ import pytest
 import torch
 
 from actors.attempts import Fault
-from actors.group import Rank
 from actors.model_scorer import ModelScorer
+from actors.rank_host import Rank
 from actors.reward_functions import RewardFunctions
 from actors.reward_http import RewardServer
 from actors.reward_server import bind

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from actors.attempts import Scored
-from actors.group import Rank
 from actors.placement import Cluster, roles_of
+from actors.rank_host import Rank
 from actors.reward_functions import RewardFunctions
 from actors.reward_model import RewardModelRank
 from actors.reward_process import FunctionProcess

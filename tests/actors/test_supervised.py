@@ -17,8 +17,8 @@ import torch.distributed as dist
 from safetensors.numpy import load_file
 
 from actors.dataset import Sources, pack_windows
-from actors.group import RankHost
 from actors.mailbox import SIGN_SECONDS, Alive, Logged, Mailbox, Pulse, Sender, Stopped
+from actors.rank_host import RankHost
 from actors.reference_logprobs import with_reference
 from actors.reward_sources import load_calibration
 from actors.stage_inputs import StageError, prepare

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from actors.generator import GeneratorWorker, Order, Request
-from actors.group import Rank
 from actors.placement import environment
+from actors.rank_host import Rank
 from actors.weights import Probe, Publication, PublicationLost, WeightsError, fetch, fingerprint, pack, probe_gap, probe_tokens, publish, unpack
 from minigpt_ray.config import GeneratorConfig, SamplingConfig
 from minigpt_ray.models import TokenLogprobs, load_causal
