@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import ray
 
-from actors.attempts import first_line
 from actors.dispatch import SLOW, SLOW_SECONDS, Dispatch, Lengths
 from actors.fatal_prompts import GivenUp
 from actors.generator_worker import Answer, Completion, GeneratorWorker, Order, Received, Request, sampling_seed
-from actors.group import RoleLost, by_reference, get_all, has_died
+from actors.group import RoleLost, by_reference, get_all, has_died, reason_of
 from actors.placement import Cluster
 from actors.pool import POLL_SECONDS, Pool, Worker
 from actors.rank_host import Disconnected, Timed
@@ -132,8 +131,7 @@ class Generator(Pool[GeneratorWorker]):
 
     def _without_sender(self, failure: Exception) -> str:
         """What is to be said when a publication could not be had, and no worker died of it."""
-        reason = failure.cause if isinstance(failure, ray.exceptions.RayTaskError) else failure
-        return f"the policy's weights {self.version} did not reach the {self.role} ({first_line(reason)})"
+        return f"the policy's weights {self.version} did not reach the {self.role} ({reason_of(failure)})"
 
     def _in_time(self, calls: Mapping[Any, Worker]) -> tuple[list[Any], Limit]:
         """Those of some calls to load weights that the driver waits for, in their order, and for how long.

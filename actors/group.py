@@ -232,8 +232,7 @@ class Group(Generic[R]):
         dead = [index for index, host in enumerate(self.hosts) if is_dead(host)]
         if not dead:
             if isinstance(failure, Disconnected):
-                reason = first_line(failure.cause if isinstance(failure, ray.exceptions.RayTaskError) else failure)
-                return RoleLost(self.role, f"ranks of {self.role} lost each other, and none of them died ({reason})")
+                return RoleLost(self.role, f"ranks of {self.role} lost each other, and none of them died ({reason_of(failure)})")
             dead = [index for index, host in enumerate(self.hosts) if host._actor_id.hex() == failure.actor_id]
         named = ", ".join(f"{self.name_of(index)} ({place_of(self.hosts[index])})" for index in dead)
         return RoleLost(self.role, f"{named} died" if named else "")
@@ -329,6 +328,11 @@ def get_all(refs: Sequence[Any], limit: Limit | None = None) -> list[Any]:
                 raise cause from None
             raise
     return ray.get(list(refs))
+
+
+def reason_of(failure: BaseException) -> str:
+    """Type and first line of what a call failed with, as the rank raised it."""
+    return first_line(failure.cause if isinstance(failure, ray.exceptions.RayTaskError) else failure)
 
 
 def has_died(ref: Any) -> bool:

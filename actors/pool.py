@@ -12,8 +12,7 @@ from typing import Any
 
 import ray
 
-from actors.attempts import first_line
-from actors.group import Group, OutOfRestarts, R, RoleLost, has_died
+from actors.group import Group, OutOfRestarts, R, RoleLost, has_died, reason_of
 from actors.parent import driver_restarts
 from actors.placement import Cluster, Place
 from actors.rank_host import RankHost
@@ -321,7 +320,7 @@ class Pool(Group[R]):
         try:
             worker.whereabouts = ray.get(built)
         except ray.exceptions.RayError as error:
-            reason = first_line(error.cause if isinstance(error, ray.exceptions.RayTaskError) else error)
+            reason = reason_of(error)
             if worker.newcomer:
                 self._do_without(worker, f"a {self.role} worker that was to join could not start ({reason})", error)
             elif self._was_ready or isinstance(error, ray.exceptions.RayActorError):
