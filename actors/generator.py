@@ -111,9 +111,7 @@ class Generator(Pool[GeneratorWorker]):
                 in_time, limit = self._in_time(calls)
                 timed = get_all([*in_time, *sending], limit)[: len(in_time)]
                 break
-            except PublicationLost as lost:
-                raise RoleLost("policy", self._without_sender(lost)) from lost
-            except (ray.exceptions.RayActorError, Disconnected) as death:
+            except (PublicationLost, ray.exceptions.RayActorError, Disconnected) as death:
                 wait_for_word([worker.host for worker in calls.values()])
                 dead = [worker for call, worker in calls.items() if has_died(call)]
                 if not dead:
@@ -193,11 +191,11 @@ class Generator(Pool[GeneratorWorker]):
             worker = self._loading.pop(call)
             try:
                 received: Received | None = ray.get(call).value
-            except ray.exceptions.RayActorError as death:
+            except (ray.exceptions.RayActorError, Disconnected) as death:
                 if worker in self.workers:  # else it was sent away meanwhile
                     self.replace(worker, death)
                 continue
-            except (PublicationLost, Disconnected) as lost:
+            except PublicationLost as lost:
                 if not another_comes:
                     raise RoleLost("policy", self._without_sender(lost)) from lost
                 continue

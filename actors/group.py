@@ -202,8 +202,10 @@ class Group(Generic[R]):
                     timed = get_all(refs, self._limit(method))
                     break
                 except (ray.exceptions.RayActorError, Disconnected) as death:
-                    if self.hosts is hosts:  # else another call's result has replaced them already
+                    if self.hosts is hosts:
                         self._revive(self._lost(death))
+                    elif self.cluster.with_a_learner(self.role):  # a call to what they were before they started again
+                        raise RoleLost(self.role) from death
                     hosts, refs = submit()
             self.usage.busy_seconds += max((t.seconds for t in timed), default=0.0)
             self.usage.memory_bytes = sum(t.memory_bytes for t in timed)

@@ -249,10 +249,8 @@ class Pool(Group[R]):
         return [wish for wish in self._wishes if time.monotonic() - wish.since > ROOM_SECONDS]
 
     def _revive(self, lost: RoleLost) -> None:
-        dead = [worker for worker in self.workers if has_died(worker.host.address.remote())]
-        if not dead:
-            raise lost
-        for worker in dead:
+        """Replace those that are dead; all when none is known to be, so that what fails without a death is not repeated for ever."""
+        for worker in [worker for worker in self.workers if has_died(worker.host.address.remote())] or list(self.workers):
             self.replace(worker, lost)
         self._advance_until(lambda: bool(self.hosts) and all(worker.newcomer for worker in self._coming.values()))
 

@@ -54,8 +54,8 @@ from minigpt_ray.tracking import Tracker, writing
 SENTENCES = (DataError, ExportError, PlacementError, StageError, TokenizerError)
 """What `fit` refuses, or ends a run with, and says in a sentence why."""
 
-DEATHS = (RayActorError, WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError, Disconnected)
-"""What Ray Train reports of a worker that died, or does not answer it; it may not have noticed it yet when those that waited for it have failed: the last."""
+DEATHS = (RayActorError, WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError)
+"""What Ray Train reports of a worker that died, or does not answer it. It may not have noticed it yet when those that waited for it have failed: Disconnected."""
 
 KEEP_FREED_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
 """glibc's malloc keeps what a step frees for the next one. Ray Train computes in a thread, where malloc by itself gives it back to the kernel and
@@ -155,7 +155,8 @@ def _train(ready: Ready, stored: Mapping[str, Path], mailbox: Any) -> None:
     try:
         _trainer(ready, stored, mailbox).fit()
     except WorkerGroupError as error:
-        if any(isinstance(failure, DEATHS) for failure in error.worker_failures.values()):
+        failures = error.worker_failures.values()
+        if any(isinstance(failure, DEATHS) for failure in failures) or all(isinstance(failure, Disconnected) for failure in failures):
             raise RoleLost(f"{ready.config.stage}'s workers") from error
         raise
     except ControllerError as error:

@@ -236,7 +236,7 @@ def cluster(home: Path, labels: Mapping[str, str], cpus: int) -> Iterator[Hosts]
         yield hosts
     finally:
         for host in hosts.hosts:
-            with suppress(psutil.TimeoutExpired, subprocess.TimeoutExpired):
+            with suppress(psutil.TimeoutExpired, subprocess.SubprocessError):
                 host.end()
             shutil.rmtree(host.sessions, ignore_errors=True)
         if isolated:
