@@ -87,17 +87,20 @@ class Submitted:
     def status(self) -> str:
         return self.hosts.status(self.name)
 
-    def wait_for(self, happened: Callable[[], bool], seconds: float = 400) -> None:
-        deadline = time.monotonic() + seconds
+    def wait_for(self, happened: Callable[[], bool], every: float = 0.05, seconds: float = 400) -> None:
+        """Look every so many seconds whether it has; a step may take less than one."""
+        begin = looked = time.monotonic()
         while not happened():
-            assert self.status in ("PENDING", "RUNNING", "SUCCEEDED", "") and time.monotonic() < deadline, self.output[-5000:]
-            time.sleep(0.5)
+            if time.monotonic() - looked > 2:
+                looked = time.monotonic()
+                assert self.status in ("PENDING", "RUNNING", "SUCCEEDED", "") and looked - begin < seconds, self.output[-5000:]
+            time.sleep(every)
 
     def wait_for_step(self, step: int) -> None:
         self.wait_for(lambda: any(row["step"] >= step and "train/epoch" in row for row in metrics_so_far(self.directory)))
 
     def finish(self, seconds: float = 400) -> Finished:
-        self.wait_for(lambda: self.status == "SUCCEEDED", seconds)
+        self.wait_for(lambda: self.status == "SUCCEEDED", 1, seconds)
         return Finished(self.directory, self.output)
 
     @property
