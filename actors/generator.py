@@ -115,7 +115,7 @@ class Generator(Pool[GeneratorWorker]):
                 wait_for_word([worker.host for worker in calls.values()])
                 dead = [worker for call, worker in calls.items() if has_died(call)]
                 if not dead:
-                    raise RoleLost("policy", self._without_sender(death)) from death
+                    raise self._unsent(death) from death
                 for worker in dead:
                     self.replace(worker, death)
         self.usage.busy_seconds += max(t.seconds for t in timed)
@@ -127,9 +127,9 @@ class Generator(Pool[GeneratorWorker]):
             self._has_proved(calls[call])
         self._loading.update({call: worker for call, worker in calls.items() if call not in in_time})
 
-    def _without_sender(self, failure: Exception) -> str:
-        """What is to be said when a publication could not be had, and no worker died of it."""
-        return f"the policy's weights {self.version} did not reach the {self.role} ({reason_of(failure)})"
+    def _unsent(self, failure: Exception) -> RoleLost:
+        """The publication could not be had, and no worker died of it: its sender is the one that is lost."""
+        return RoleLost("policy", f"the policy's weights {self.version} did not reach the {self.role} ({reason_of(failure)})")
 
     def _in_time(self, calls: Mapping[Any, Worker]) -> tuple[list[Any], Limit]:
         """Those of some calls to load weights that the driver waits for, in their order, and for how long.
@@ -182,7 +182,7 @@ class Generator(Pool[GeneratorWorker]):
                 try:
                     self._loading[self._load(worker)] = worker
                 except (PublicationLost, Disconnected, ray.exceptions.RayActorError) as lost:
-                    raise RoleLost("policy", self._without_sender(lost)) from lost
+                    raise self._unsent(lost) from lost
         self._see_loads()
 
     def _see_loads(self, another_comes: bool = False) -> None:
@@ -197,7 +197,7 @@ class Generator(Pool[GeneratorWorker]):
                 continue
             except PublicationLost as lost:
                 if not another_comes:
-                    raise RoleLost("policy", self._without_sender(lost)) from lost
+                    raise self._unsent(lost) from lost
                 continue
             if received is None or received.version == self.version:
                 self._has_proved(worker)

@@ -127,10 +127,8 @@ def telling_disconnections() -> Iterator[None]:
         if distributed is None:
             raise
         kinds = (distributed.DistBackendError, distributed.DistNetworkError, distributed.DistStoreError)
-        of_network = isinstance(error, kinds) or (
-            type(error) is RuntimeError and "/gloo/" in str(error)
-        )  # gloo has no type of its own, and names its source file
-        if of_network and not any(words in str(error) for words in OF_THE_CODE):
+        of_gloo = type(error) is RuntimeError and "/gloo/" in str(error)  # it has no type of its own, and names its source file
+        if (isinstance(error, kinds) or of_gloo) and not any(words in str(error) for words in OF_THE_CODE):
             raise Disconnected(f"{type(error).__name__}: {error}") from error
         raise
 

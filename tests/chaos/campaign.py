@@ -18,6 +18,7 @@ from tests.chaos.world import END_SECONDS, Job, World, living
 from tests.jobs.runs import CHECKOUT, GAPS, Finished, different_tokens, numbers
 
 PATIENCE_STEPS = 6
+"""That a run takes while there is nothing to do a fault to, before the next one is taken."""
 CALLS = "reward_calls/"
 """Counters of retries."""
 

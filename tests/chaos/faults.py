@@ -164,8 +164,9 @@ REWOUND = rf"{{}} rank \d+ of \d+ {WHERE} died; the learners start again and go 
 REPLACED = rf"generator worker \d+ {WHERE} died(, with prompts with which another one died)?; a new one takes its place"
 ENDED = r"{} \(process \d+ on [\d.]+, [\w-]+\) has been in .* for \d+ s and counts as dead"
 NEXT_DRIVER = r"the driver \(process \d+\) (was killed by SIG\w+|lost Ray, or a role \(code \d+\)); restart \d+ of 3, from the newest checkpoint"
+A_LEARNER = REWOUND.format("(policy|critic)")
 APART = r"ranks of (policy|critic) lost each other, and none of them died .*; the learners start again and go on after step"
-ANY = "|".join((REWOUND.format("(policy|critic)"), APART, REPLACED, REPEATED.format("[a-z_0-9]+"), NEXT_DRIVER))
+ANY = "|".join((A_LEARNER, APART, REPLACED, REPEATED.format("[a-z_0-9]+"), NEXT_DRIVER))
 GOES_ON = r"PPO (goes on after step \d+|starts: )"
 
 FAULTS = {
@@ -200,8 +201,8 @@ FAULTS = {
         r"while writing the checkpoint .*; earlier checkpoints are untouched",
         ends=True,
     ),
-    "policy_of_two": Fault("one of two policy ranks, SIGKILL", _signal("policy", signal.SIGKILL), REWOUND.format("(policy|critic)"), form="wide"),
-    "critic_of_two": Fault("one of two critic ranks, SIGKILL", _signal("critic", signal.SIGKILL), REWOUND.format("(policy|critic)"), form="wide"),
+    "policy_of_two": Fault("one of two policy ranks, SIGKILL", _signal("policy", signal.SIGKILL), A_LEARNER, form="wide"),
+    "critic_of_two": Fault("one of two critic ranks, SIGKILL", _signal("critic", signal.SIGKILL), A_LEARNER, form="wide"),
     "policy_of_two_hangs": Fault("one of two policy ranks, SIGSTOP", _signal("policy", signal.SIGSTOP), ENDED.format(r"policy rank \d of 2"), form="wide"),
     "part": Fault("one of two parts of an engine, SIGKILL", _part(signal.SIGKILL), REPLACED, form="wide"),
     "part_hangs": Fault("one of two parts of an engine, SIGSTOP", _part(signal.SIGSTOP), ENDED.format(r"generator worker \d+"), form="wide"),
@@ -218,7 +219,7 @@ FAULTS = {
     "head_cut": Fault("head is cut off, for 70 to 100 seconds or until the job goes on", _away(_head, 70, 100), ANY, form="hosts"),
     "blip": Fault("any host is cut off for 2 to 8 seconds", _away(_any_host, 2, 8), "", form="hosts"),
     "raylet_of_host": Fault("Ray on a host without the head (raylet), SIGKILL", _raylet, ANY, form="hosts"),
-    "rank_on_hosts": Fault("a policy or critic rank on any host, SIGKILL", _rank, REWOUND.format("(policy|critic)"), form="hosts"),
+    "rank_on_hosts": Fault("a policy or critic rank on any host, SIGKILL", _rank, A_LEARNER, form="hosts"),
     "driver_on_hosts": Fault("driver on the head, SIGKILL", _driver(signal.SIGKILL), NEXT_DRIVER, form="hosts"),
 }
 
