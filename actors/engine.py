@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from actors.rank_host import telling_disconnections
 from minigpt_ray.checkpoint import naming
 from minigpt_ray.config import EngineConfig, OptimizerConfig
 from minigpt_ray.imports import without_collection
@@ -188,9 +189,9 @@ class Engine:
                 yield name, parameter.detach()
 
     def save(self, directory: Path) -> None:
-        """Model, optimizer, schedule and random state of every rank. Collective; raises OSError that names the directory."""
+        """Model, optimizer, schedule and random state of every rank. Collective; raises CheckpointError, or Disconnected when another rank is gone."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        with naming(directory), self.optimizer_at_hand():
+        with naming(directory), telling_disconnections(), self.optimizer_at_hand():
             self.engine.save_checkpoint(str(directory), tag="engine")
             torch.save({"torch": torch.get_rng_state(), "cuda": cuda}, directory / f"random-{dist.get_rank()}.pt")  # DeepSpeed keeps rank 0's alone
 

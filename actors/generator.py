@@ -29,6 +29,15 @@ GIVEN_UP = Answer(Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), "fa
 """The answer to a prompt of which workers die."""
 
 
+@dataclass(frozen=True)
+class _Load:
+    """Weights that a worker loads while nobody waits for it."""
+
+    worker: Worker
+    publication: Publication | None
+    """None: a checkpoint. Two publications may have one version, the step that they follow, when learners were lost in between."""
+
+
 @dataclass
 class Meter:
     """What the pool did since the counting began, while it was asked for answers."""
@@ -73,7 +82,7 @@ class Generator(Pool[GeneratorWorker]):
         self.version = -1
         self.received: list[Received] = []
         self.meter = Meter()
-        self._loading: dict[Any, Worker] = {}
+        self._loading: dict[Any, _Load] = {}
         self.lengths = Lengths()
         self._orders = 0
         self.given_up = GivenUp(config.fatal_prompt_limit)
@@ -85,8 +94,8 @@ class Generator(Pool[GeneratorWorker]):
 
     def receive(self, publication: Publication) -> None:
         """Every worker that is there loads and proves a publication before it generates again; one that is being built will."""
-        self._see_loads(another_comes=True)
         self._publication, self.version = publication, publication.version
+        self._see_loads()
         if self.placement.autoscale and not self._wishes and not self._coming and self.meter.seconds:
             depth, idle = self.meter.queue_depth, self.meter.idle_share
             if (wanted := self._autoscaler.wanted(self.size, depth, idle)) != self.size:
@@ -125,7 +134,7 @@ class Generator(Pool[GeneratorWorker]):
         self.received = [t.value for t in timed]
         for call in in_time:
             self._has_proved(calls[call])
-        self._loading.update({call: worker for call, worker in calls.items() if call not in in_time})
+        self._loading.update({call: _Load(worker, self._publication) for call, worker in calls.items() if call not in in_time})
 
     def _unsent(self, failure: Exception) -> RoleLost:
         """The publication could not be had, and no worker died of it: its sender is the one that is lost."""
@@ -154,6 +163,8 @@ class Generator(Pool[GeneratorWorker]):
         """Calls by which workers load the current publication, and those by which it is sent."""
         publication = self._publication
         assert publication is not None
+        for worker in workers:
+            worker.version = -1  # after a rewind there may be other weights of the same version
         hosts = [worker.host for worker in workers]
         publications, sending = TRANSPORTS[publication.transport].dispatch(publication, hosts, self._tensor_parallel)
         calls = [host.call.remote(self.role, GeneratorWorker.receive, (by_reference(mine),)) for host, mine in zip(hosts, publications, strict=True)]
@@ -161,10 +172,10 @@ class Generator(Pool[GeneratorWorker]):
 
     def _wait_for_some(self) -> list[Worker]:
         """Workers that do not load older weights still, once there are some; those that do are seen to while prompts are answered."""
-        while not (found := [worker for worker in self.workers if worker not in self._loading.values()]):
+        while not (found := [worker for worker in self.workers if worker not in self._at_a_load]):
             ray.wait(self.changing, num_returns=1, timeout=POLL_SECONDS)
             self.advance()
-            self._see_loads(another_comes=True)
+            self._see_loads()
             self.end_hung((), 0.0)
         return found
 
@@ -173,33 +184,38 @@ class Generator(Pool[GeneratorWorker]):
         """What ends when a worker can do more than before: it is there, or has loaded the current weights."""
         return [*self.on_their_way, *self._loading]
 
+    @property
+    def _at_a_load(self) -> list[Worker]:
+        return [load.worker for load in self._loading.values()]
+
     def bring_up_to_date(self) -> None:
         """Workers that came since the last publication load it, without anybody waiting; raises WeightsError when one cannot prove it."""
-        under_way = set(self._loading.values())
+        under_way = self._at_a_load
         for worker in self.workers:
             if worker.version != self.version and worker not in under_way:
                 worker.since = time.monotonic()
                 try:
-                    self._loading[self._load(worker)] = worker
+                    self._loading[self._load(worker)] = _Load(worker, self._publication)
                 except (PublicationLost, Disconnected, ray.exceptions.RayActorError) as lost:
                     raise self._unsent(lost) from lost
         self._see_loads()
 
-    def _see_loads(self, another_comes: bool = False) -> None:
-        """Which workers have loaded weights that nobody waited for. `another_comes`: so it does not matter whether these can be had any more."""
+    def _see_loads(self) -> None:
+        """Which workers have loaded the current weights, that nobody waited for; what became of older ones does not matter, but to a worker that died."""
         for call in ray.wait(list(self._loading), num_returns=len(self._loading), timeout=0)[0] if self._loading else []:
-            worker = self._loading.pop(call)
+            load = self._loading.pop(call)
+            worker, is_current = load.worker, load.publication is self._publication
             try:
-                received: Received | None = ray.get(call).value
+                ray.get(call)
             except (ray.exceptions.RayActorError, Disconnected) as death:
                 if worker in self.workers:  # else it was sent away meanwhile
                     self.replace(worker, death)
                 continue
             except PublicationLost as lost:
-                if not another_comes:
+                if is_current:
                     raise self._unsent(lost) from lost
                 continue
-            if received is None or received.version == self.version:
+            if is_current:
                 self._has_proved(worker)
 
     def _load(self, worker: Worker) -> Any:
@@ -229,7 +245,7 @@ class Generator(Pool[GeneratorWorker]):
         hung = [index for index, worker in enumerate(self.workers) if worker.silent > longest]
         if self._restarts_left == 0 and len(hung) < len(self.able):
             hung = [index for index in hung if self.workers[index].number in alone]  # others answer what it holds, and none can take its place
-        late = [index for index, worker in enumerate(self.workers) if worker in self._loading.values() and now - worker.since > longest]
+        late = [index for index, worker in enumerate(self.workers) if worker in self._at_a_load and now - worker.since > longest]
         for index in hung + late:
             self.workers[index].silent, self.workers[index].since = 0.0, now
         for method, indices in ((GeneratorWorker.work, hung), (GeneratorWorker.receive, late)):
@@ -279,6 +295,7 @@ class Generator(Pool[GeneratorWorker]):
             self.call(GeneratorWorker.sleep).result()
             for worker in self.workers:
                 worker.version = -1
+            self._loading.clear()  # these have ended too, and what was loaded is gone
             self._asleep = True
 
     def orders(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Order]:

@@ -113,8 +113,11 @@ OF_THE_CODE = ("[enforce fail", "ncclInvalid", "Duplicate GPU", "out of memory")
 """Words of what gloo and NCCL say of a call that is wrong, or too large, with every rank there."""
 
 
-class Disconnected(RuntimeError):
-    """A collective broke: another rank has died, or its host or the network is gone, which the rank that says so cannot tell apart."""
+class Disconnected(Exception):
+    """A collective broke: another rank has died, or its host or the network is gone, which the rank that says so cannot tell apart.
+
+    No RuntimeError, as what it is made of: torch's writer has these for a full disk.
+    """
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from actors.engine import Engine, schedule
+from actors.rank_host import Disconnected
 from minigpt_ray.config import EngineConfig, OptimizerConfig
 from tests.actors.ranks import run_ranks
 
@@ -55,8 +56,7 @@ def course(engine, rank, world, first=0, bad=BAD_STEP):
     return steps
 
 
-def process(rank: int, world: int, directory: Path) -> None:
-    """One rank: all ZeRO stages one after the other, what they did goes to a file."""
+def join(rank: int, world: int, directory: Path) -> None:
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(world),
@@ -68,6 +68,11 @@ def process(rank: int, world: int, directory: Path) -> None:
     os.environ |= {"DS_ACCELERATOR": "cpu", "DS_ACCELERATOR_LOG_LEVEL": "ERROR"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/store-{world}", rank=rank, world_size=world)
+
+
+def process(rank: int, world: int, directory: Path) -> None:
+    """One rank: all ZeRO stages one after the other, what they did goes to a file."""
+    join(rank, world, directory)
     results = {}
     for stage in range(4):
         model = build_model()
@@ -186,6 +191,22 @@ def test_what_was_saved_goes_on_to_the_bit(results, stage):
     going_on, loaded, same_draw = results[2][stage]["again"]
     assert going_on == loaded
     assert same_draw
+
+
+def left_alone(rank: int, world: int, directory: Path) -> None:
+    """The other rank ends while both save."""
+    join(rank, world, directory)
+    engine = Engine(build_model(), EngineConfig(zero_stage=1), OPTIMIZER, STEPS)
+    if rank == 1:
+        os._exit(0)
+    with pytest.raises(Disconnected, match=r"Connection (closed|reset) by peer"):
+        engine.save(directory / "saved")
+    os._exit(0)  # torch's own end would wait for the other
+
+
+@pytest.mark.slow
+def test_a_rank_whose_peer_dies_while_both_save_speaks_of_that_and_not_of_the_disk(tmp_path):
+    run_ranks(left_alone, (2, tmp_path), 2)
 
 
 @pytest.mark.slow

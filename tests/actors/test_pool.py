@@ -9,12 +9,14 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import ray
+import torch
 from ray import cloudpickle
 from ray._private.node import Node
 from ray._private.parameter import RayParams
@@ -26,6 +28,7 @@ from actors.group import OutOfRestarts
 from actors.parent import RESTARTS
 from actors.placement import Cluster
 from actors.rank_host import Rank
+from actors.weights import PublicationLost, fetch
 from minigpt_ray.config import GeneratorConfig, GeneratorPlacement, PlacementConfig, SamplingConfig
 from minigpt_ray.models import load_causal
 from minigpt_ray.rl.experience import Prompt, Rollout
@@ -99,6 +102,47 @@ def test_a_worker_that_stands_still_does_not_hold_the_others(elastic: Elastic) -
         os.kill(still, signal.SIGCONT)
     assert generator.restarts == 0
     assert tokens(generator.generate(PROMPTS[::-1], SAMPLING))[-2:] == elastic.alone[:2]  # and is of use again
+
+
+class Owner:
+    """What it puts into the object store goes with it."""
+
+    def put(self, values: Sequence[Any]) -> list[Any]:
+        return [ray.put(value) for value in values]
+
+
+@pytest.mark.parametrize("is_lost", [False, True], ids=["older weights arrive late", "older weights are gone"])
+def test_after_a_rewind_a_late_worker_proves_the_version_that_it_had_before_again(elastic: Elastic, is_lost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Versions are steps, so after a rewind other weights have the version that everybody proved; what became of those in between does not matter."""
+    monkeypatch.setattr("actors.generator.SLOW_SECONDS", 0.5)
+    generator, model = elastic.generator, load_causal(elastic.generator._args[0], "float32").eval()
+    right = published(model, version=2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    wrong, before = published(model, version=2), published(model, version=1)
+    owner: Any = ray.remote(Owner).options(num_cpus=0).remote()
+    before = replace(before, buckets=tuple(ray.get(owner.put.remote(ray.get(list(before.buckets))))))
+    generator.receive(wrong)
+    late = generator.workers[0]
+    os.kill(elastic.pids[0], signal.SIGSTOP)
+    try:
+        generator.receive(before)
+        generator.receive(right)
+        assert late not in generator.able and len(generator.able) == 2
+        if is_lost:
+            ray.kill(owner)
+            with pytest.raises(PublicationLost):
+                while True:  # for a while the node has them still
+                    fetch(before)
+                    time.sleep(0.5)
+    finally:
+        os.kill(elastic.pids[0], signal.SIGCONT)
+    assert tokens(generator.generate(PROMPTS, SAMPLING)) == elastic.alone
+    while late not in generator.able:
+        generator.bring_up_to_date()
+    assert tokens(generator.generate(PROMPTS, SAMPLING)) == elastic.alone  # it answers its share of them
+    generator.receive(published(load_causal(generator._args[0], "float32").eval(), version=1))
 
 
 def test_workers_that_leave_finish_and_give_their_room_back(elastic: Elastic) -> None:
