@@ -12,6 +12,7 @@ import os
 import pickle
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -92,7 +93,8 @@ def fit(ready: Ready) -> Path:
     exported = sinks(config.logging, config.run, stage.name)
     mailbox: Any = ray.remote(Mailbox).options(num_cpus=0, runtime_env=environment(1)).remote()  # type: ignore[call-overload]
     tracker = Tracker(ready.directory, stage.name, resolved(config), config.logging, steps, ready.start, epochs=epochs, sinks=exported)
-    with tracker, _asking_at_sigterm(mailbox):
+    begun = threading.Event()
+    with tracker, _asking_at_sigterm(mailbox, begun):
         beginning = f"goes on after step {ready.start}" if ready.start else "starts"
         tracker.message(
             f"{stage.name} {beginning}: {len(windows):,} windows of {config.window} tokens, {config.batch_size} a step, {config.num_workers} workers"
@@ -103,7 +105,7 @@ def fit(ready: Ready) -> Path:
         if baseline and not ready.start:
             tracker.log(0, baseline)
         with ThreadPoolExecutor(1) as threads:
-            delivery = threads.submit(_deliver, mailbox, tracker, ready.directory, config.hang_after_s)
+            delivery = threads.submit(_deliver, mailbox, tracker, ready.directory, config.hang_after_s, begun)
             try:
                 _train(ready, stored, mailbox)
             finally:
@@ -122,9 +124,19 @@ def fit(ready: Ready) -> Path:
 
 
 @contextmanager
-def _asking_at_sigterm(mailbox: Any) -> Iterator[None]:
-    """At SIGTERM the workers are asked to end; those that have taken their last step write the model, which is delivered as ever."""
-    handler = signal.signal(signal.SIGTERM, lambda number, frame: mailbox.ask_to_end.remote())
+def _asking_at_sigterm(mailbox: Any, begun: threading.Event) -> Iterator[None]:
+    """At SIGTERM the workers are asked to end; those that have taken their last step write the model, which is delivered as ever.
+
+    Until they have `begun` there is nothing to save, and it ends this process as before.
+    """
+
+    def ask(number: int, frame: Any) -> None:
+        if begun.is_set():
+            mailbox.ask_to_end.remote()
+        elif callable(handler):
+            handler(number, frame)
+
+    handler = signal.signal(signal.SIGTERM, ask)
     try:
         yield
     finally:
@@ -192,7 +204,7 @@ def _trainer(ready: Ready, stored: Mapping[str, Path], mailbox: Any) -> TorchTra
     )
 
 
-def _deliver(mailbox: Any, tracker: Tracker, directory: Path, hang_after_s: float) -> Stopped:
+def _deliver(mailbox: Any, tracker: Tracker, directory: Path, hang_after_s: float, has_begun: threading.Event) -> Stopped:
     """Pass messages on to the tracker until there are no more, and keep processes.json of the stage's directory. When that fails, the mailbox goes, and with it the workers.
 
     When there is none for `hang_after_s`, while workers start at least for START_SECONDS, they hang and are ended.
@@ -229,6 +241,7 @@ def _deliver(mailbox: Any, tracker: Tracker, directory: Path, hang_after_s: floa
                     saved = True
                 elif isinstance(message, Begun):
                     begun, patience = begun + 1, hang_after_s
+                    has_begun.set()
                     if begun > 1:
                         tracker.message(f"workers were lost; new ones go on after step {message.step}")
                         tracker.rewind(message.step)

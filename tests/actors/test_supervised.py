@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
@@ -458,7 +459,7 @@ def test_rows_are_on_the_disk_once_a_worker_may_save(mailbox, tmp_path, monkeypa
     synced, fsync = [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))), fsync(handle)))
     with Tracker(tmp_path, "sft", {}, LoggingConfig(), 9) as tracker, ThreadPoolExecutor(1) as threads:
-        delivery = threads.submit(_deliver, mailbox, tracker, tmp_path, 60)
+        delivery = threads.submit(_deliver, mailbox, tracker, tmp_path, 60, threading.Event())
         sender = Sender(mailbox)
         sender.send(Logged(1, [{"train/epoch": 0.5}]))
         sender.settle()

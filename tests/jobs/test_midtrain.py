@@ -1,6 +1,7 @@
 """A supervised stage, here one that mixes sources, as a user runs it: wounded, stopped and killed on the way, and gone on with by the same command."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -25,11 +26,11 @@ MIX = "mix={sums: {weight: 3, final_weight: 1}, words: {weight: 1, final_weight:
 
 @pytest.fixture(scope="module")
 def output_dir(tmp_path_factory):
-    """Two runs of one beginning: documents of two sources and a model under the name of the stage pretrain."""
+    """Runs of one beginning: documents of two sources and a model under the name of the stage pretrain."""
     directory = tmp_path_factory.mktemp("outputs")
     tokenizer = train_tokenizer(["a"], 260)
     texts = [(f"{i} and {i} make {2 * i}.", "sums") if i % 2 else (f"word {i} " * (1 + i % 40), "words") for i in range(2, 600)]
-    for run in ("whole", "broken"):
+    for run in ("whole", "broken", "early", "two", "two_broken"):
         (directory / run / "prepare_data").mkdir(parents=True)
         rows = "".join(json.dumps({"text": text, "source": source}) + "\n" for text, source in texts)
         (directory / run / "prepare_data" / "documents.jsonl").write_text(rows)
@@ -70,6 +71,11 @@ def wait_for_rows(job, stage, number):
 
 def worker_of(job):
     return next(p for p in psutil.Process(job.pid).children(recursive=True) if "RayTrainWorker" in title(p.pid))
+
+
+def pid_of(stage, rank):
+    """Of a worker that is at work."""
+    return json.loads((stage / "processes.json").read_text())["roles"]["workers"][rank]["pid"]
 
 
 def kill_all(job):
@@ -135,3 +141,35 @@ def test_a_run_that_lost_a_worker_was_stopped_and_killed_has_the_course_of_one_t
     assert resumed == whole
     weights = [load_file(output_dir / run / "midtrain" / "model" / "model.safetensors") for run in ("whole", "broken")]
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_sigterm_before_the_first_step_ends_the_job_with_143(output_dir):
+    job = start(output_dir, "early")
+    while (line := job.stdout.readline()) and "midtrain starts:" not in line:
+        pass
+    job.send_signal(signal.SIGTERM)
+    said = job.communicate(timeout=120)[0]
+    assert job.returncode == 143 and "Traceback" not in said, said
+    stage = output_dir / "early" / "midtrain"
+    assert {row["step"] for row in read_metrics(stage / "metrics.jsonl")} <= {0} and not (stage / "checkpoint").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_of_two_workers_one_dies_in_a_step_and_one_while_both_save_and_the_course_stays(output_dir):
+    """Whoever is left finds out in a collective, perhaps before Ray does, and perhaps while it writes: which is no full disk."""
+    more = ("num_workers=2", "steps=24", "checkpoint={every: 2, resume: auto}")
+    _, whole = course_of(start(output_dir, "two", *more), output_dir / "two" / "midtrain")
+    stage = output_dir / "two_broken" / "midtrain"
+    job = start(output_dir, "two_broken", *more)
+    wait_for_rows(job, stage, 6)
+    os.kill(pid_of(stage, rank=1), signal.SIGKILL)
+    wait_for_rows(job, stage, 14)
+    while job.poll() is None and not list((stage / "checkpoint").glob("*.partial")):
+        time.sleep(0.001)
+    os.kill(pid_of(stage, rank=1), signal.SIGKILL)
+    output, course = course_of(job, stage)
+    assert output.count("workers were lost; new ones go on after step") == 2
+    assert course == whole
