@@ -134,6 +134,7 @@ def _asking_at_sigterm(mailbox: Any, begun: threading.Event) -> Iterator[None]:
         if begun.is_set():
             mailbox.ask_to_end.remote()
         elif callable(handler):
+            mailbox.put.remote(Stopped(""))  # else the thread of the delivery would wait, wherever this one is
             handler(number, frame)
 
     handler = signal.signal(signal.SIGTERM, ask)
