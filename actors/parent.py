@@ -37,7 +37,7 @@ RESTARTS = "MINIGPT_RAY_DRIVER_RESTARTS"
 LONGEST_PAUSE_SECONDS = 30.0
 """Between two drivers: 1 s before the first restart, twice as long before each further one, so that a machine can come back."""
 BEAT_SECONDS = 1.0
-"""Between two signs of life of a driver. A thread of its own gives them, so one that only waits is let be: whatever it waits for has a limit."""
+"""Between two signs of life of a driver. A thread of its own gives them, so one that only waits is let be: whatever it waits for has a limit, but for a disk and an object store."""
 LEFTOVER_SECONDS = 5.0
 """How long processes that a driver leaves behind, those of a local Ray above all, may take to end by themselves."""
 FURTHER = b"+"

@@ -4,6 +4,7 @@
     python -m tests.chaos --only driver raylet --faults 4
     python -m tests.chaos --form wide --faults 12           several ranks to a learner, engines in parts
     python -m tests.chaos --form hosts --faults 10          three hosts in network namespaces (as root), which are lost and cut off
+    python -m tests.chaos --table docs/chaos.jsonl          what a ledger says, and nothing else
 
 Prints a table, which is made from a ledger with one line per fault. Ends with 1 when a run was lost or its numbers are not
 those of a run that nobody touched.
@@ -29,9 +30,13 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=22, help="of one run: about three for each of its faults")
     parser.add_argument("--seed", type=int, default=0, help="of the order of faults and of their moments")
     parser.add_argument("--form", choices=list(FORMS), default="narrow", help="of runs: a process to a role, several, or on the hosts of a cluster")
+    parser.add_argument("--table", type=Path, metavar="LEDGER", help="print the table of this ledger, and inject nothing")
     parser.add_argument("--only", nargs="*", choices=list(FAULTS), help="kinds of faults; default: all of the form")
     arguments = parser.parse_args()
 
+    if arguments.table:
+        print(Ledger(arguments.table).table())
+        return 0
     strangers = [name for name in arguments.only or () if FAULTS[name].form != arguments.form]
     if strangers:
         parser.error(f"--form {arguments.form} has nothing to do {', '.join(strangers)} to; give --form {FAULTS[strangers[0]].form}")

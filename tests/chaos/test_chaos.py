@@ -9,6 +9,7 @@ from minigpt_ray.tracking import read_metrics
 from tests.chaos.campaign import Entry, Ledger, deal, play
 from tests.chaos.faults import FAULTS, of_form
 from tests.chaos.world import FORMS, RewardServer, World
+from tests.jobs.runs import CHECKOUT
 
 MOMENTS = (("reference", "reward_model"), ("generator", "function"), ("policy", "critic", "server_hangs"))
 ROLES = [role for moment in MOMENTS for role in moment]
@@ -35,6 +36,12 @@ def test_every_kind_of_fault_is_dealt_as_often_as_any_other() -> None:
     dealt = deal(seed=1, faults=2 * len(names), names=names)
     assert sorted(dealt) == sorted(2 * names) and dealt != deal(seed=2, faults=len(dealt), names=names)
     assert sorted(name for form in FORMS for name in of_form(form)) == sorted(FAULTS)
+
+
+@pytest.mark.parametrize("ledger", ["chaos.jsonl", "chaos_wide.jsonl", "chaos_hosts.jsonl"])
+def test_the_tables_on_record_are_those_of_the_ledgers(ledger: str) -> None:
+    entries = Ledger(CHECKOUT / "docs" / ledger)
+    assert entries.entries and entries.table() in (CHECKOUT / "docs" / "reliability.md").read_text()
 
 
 def test_a_ledger_goes_on_and_counts_what_was_lost(tmp_path: Path) -> None:
