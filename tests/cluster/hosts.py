@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -36,13 +37,13 @@ def run(*words: object, check: bool = True) -> subprocess.CompletedProcess[str]:
 
 
 def namespaces_are_permitted() -> bool:
-    """Whether this process may make network namespaces."""
+    """Whether this process may make network namespaces, and a bridge between them."""
     if shutil.which("ip") is None or shutil.which("unshare") is None:
         return False
-    allowed = run("ip", "netns", "add", "mgr-probe", check=False).returncode == 0
-    if allowed:
-        run("ip", "netns", "del", "mgr-probe")
-    return allowed
+    made = [run("ip", *add, check=False).returncode == 0 for add in (("netns", "add", "mgr-probe"), ("link", "add", "mgr-probe", "type", "bridge"))]
+    for kind in ("netns", "link"):
+        run("ip", kind, "del", "mgr-probe", check=False)
+    return all(made)
 
 
 @dataclass
@@ -218,11 +219,13 @@ class Hosts:
 
 @contextmanager
 def cluster(home: Path, labels: Mapping[str, str], cpus: int) -> Iterator[Hosts]:
-    """Hosts with these names and labels, joined to one cluster; in the end nothing of them is left, whatever happened.
+    """Hosts with these names and labels, joined to one cluster; in the end nothing of them is left, whatever happened. Warns where they share an address.
 
     home: a directory that all of them see. cpus: of each host.
     """
     isolated = namespaces_are_permitted()
+    if not isolated:
+        warnings.warn("network namespaces are not permitted here; the nodes of the cluster share this machine's address", stacklevel=3)
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
     environment |= {"HOME": str(home), "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token"}
     subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
