@@ -50,9 +50,12 @@ class Head:
             [BIN / "ray", *words], cwd=CHECKOUT, env=environment or self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
         )
 
-    def submit(self, *overrides: str, options: tuple[str, ...] = (), environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        """The README's command, of the debug configuration."""
-        words = [{"http://127.0.0.1:8265": self.address, "configs/ppo.yaml": "configs/debug/ppo.yaml"}.get(word, word) for word in SUBMIT[1:]]
+    def submit(
+        self, *overrides: str, job: str = "ppo", options: tuple[str, ...] = (), environment: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """The README's command, of the debug configuration or of another job."""
+        changed = {"http://127.0.0.1:8265": self.address, "jobs.ppo": f"jobs.{job}", "configs/ppo.yaml": f"configs/debug/{job}.yaml"}
+        words = [changed.get(word, word) for word in SUBMIT[1:] if job != "scale" or word != "configs/ppo.yaml"]
         at = words.index("--")
         return self.ray(*words[:at], *options, *words[at:], *overrides, environment=environment)
 
@@ -128,16 +131,19 @@ def test_a_submitted_job_runs_to_its_end_and_a_stopped_one_saves_its_step(head: 
     assert (directory / "model" / "model.safetensors").is_file()
     assert json.loads((directory / "versions.json").read_text())["git_commit"] is None  # it ran in the copy that was shipped, which has no history
 
-    submitted = head.submit(*overrides, "steps=500", "checkpoint.every=100", options=("--no-wait", "--submission-id=stopped"))
+    more = ("steps=500", "checkpoint.every=100", "placement.generator.max_workers=2")
+    submitted = head.submit(*overrides, *more, options=("--no-wait", "--submission-id=stopped"))
     assert submitted.returncode == 0, submitted.stdout
     deadline = time.monotonic() + 200
     while max(row["step"] for row in read_metrics(directory / "metrics.jsonl")) < 4:
         assert time.monotonic() < deadline, head.ray("job", "logs", "--address", head.address, "stopped").stdout
         time.sleep(0.2)
+    scaled = head.submit(str(runs / "submitted"), "generator=2", job="scale")
+    assert "the job has taken the request for 2 generator workers" in scaled.stdout
     stopped = head.ray("job", "stop", "--address", head.address, "stopped")
     assert stopped.returncode == 0 and "was stopped" in stopped.stdout, stopped.stdout
     said = head.ray("job", "logs", "--address", head.address, "stopped").stdout
-    assert "PPO goes on after step 2" in said
+    assert "PPO goes on after step 2" in said and "the generator goes from 1 to 2 workers" in said
     (step,) = re.findall(r"SIGTERM: step (\d+) is saved; checkpoint.resume=auto goes on from there", said)
     latest = Checkpoints(directory / "checkpoint", keep=2).latest()
     assert latest is not None and latest.name == f"step-{int(step):06d}" and int(step) >= 4
@@ -148,3 +154,14 @@ def test_a_submitted_job_runs_to_its_end_and_a_stopped_one_saves_its_step(head: 
     for secret in SECRETS.values():
         assert secret not in done.stdout + said
         assert not [path for path in (*written, *logs) if secret.encode() in path.read_bytes()]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_stages_are_submitted_in_the_same_way(head: Head, runs: Path) -> None:
+    overrides = (f"output_dir={runs}", "run=stages")
+    prepared = head.submit(*overrides, job="prepare_data")
+    assert prepared.returncode == 0, prepared.stdout
+    trained = head.submit(*overrides, "steps=2", job="sft")
+    assert trained.returncode == 0 and "sft starts:" in trained.stdout, trained.stdout
+    assert (runs / "stages" / "sft" / "model" / "model.safetensors").is_file()
