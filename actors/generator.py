@@ -11,7 +11,7 @@ import ray
 from actors.dispatch import SLOW, SLOW_SECONDS, Dispatch, Lengths
 from actors.fatal_prompts import GivenUp
 from actors.generator_worker import Answer, Completion, GeneratorWorker, Order, Received, Request, sampling_seed
-from actors.group import RoleLost, by_reference, get_all, has_died, reason_of
+from actors.group import PublicationUnsent, by_reference, get_all, has_died, reason_of
 from actors.placement import Cluster
 from actors.pool import POLL_SECONDS, Pool, Worker
 from actors.rank_host import Disconnected, Timed
@@ -136,9 +136,9 @@ class Generator(Pool[GeneratorWorker]):
             self._has_proved(calls[call])
         self._loading.update({call: _Load(worker, self._publication) for call, worker in calls.items() if call not in in_time})
 
-    def _unsent(self, failure: Exception) -> RoleLost:
+    def _unsent(self, failure: Exception) -> PublicationUnsent:
         """The publication could not be had, and no worker died of it: its sender is the one that is lost."""
-        return RoleLost("policy", f"the policy's weights {self.version} did not reach the {self.role} ({reason_of(failure)})")
+        return PublicationUnsent("policy", f"the policy's weights {self.version} did not reach the {self.role} ({reason_of(failure)})")
 
     def _in_time(self, calls: Mapping[Any, Worker]) -> tuple[list[Any], Limit]:
         """Those of some calls to load weights that the driver waits for, in their order, and for how long.

@@ -112,6 +112,10 @@ class RoleLost(RuntimeError):
         self.role = role
 
 
+class PublicationUnsent(RoleLost):
+    """The weights of a role did not reach who was to load them, so a process of it may have died."""
+
+
 class OutOfRestarts(RuntimeError):
     """Processes of a role died more often than they may be replaced."""
 
@@ -226,18 +230,28 @@ class Group(Generic[R]):
             self._revive(again)
 
     def _lost(self, failure: ray.exceptions.RayActorError | Disconnected) -> RoleLost:
-        """Names those that Ray reports as dead, soon, or some time later where one takes no connections; else what failed."""
-        end = time.monotonic() + GRACE_SECONDS
-        while not any(map(is_dead, self.hosts)) and time.monotonic() < end:
-            time.sleep(0.1)
-        wait_for_word(self.hosts)
-        dead = [index for index, host in enumerate(self.hosts) if is_dead(host)]
+        """Names those that died; else what failed."""
+        dead = self._dead()
         if not dead:
             if isinstance(failure, Disconnected):
                 return RoleLost(self.role, f"ranks of {self.role} lost each other, and none of them died ({reason_of(failure)})")
             dead = [index for index, host in enumerate(self.hosts) if host._actor_id.hex() == failure.actor_id]
-        named = ", ".join(f"{self.name_of(index)} ({place_of(self.hosts[index])})" for index in dead)
-        return RoleLost(self.role, f"{named} died" if named else "")
+        return RoleLost(self.role, self._died(dead))
+
+    def _dead(self) -> list[int]:
+        """Processes that Ray reports as dead, soon, or some time later where one takes no connections."""
+        end = time.monotonic() + GRACE_SECONDS
+        while not any(map(is_dead, self.hosts)) and time.monotonic() < end:
+            time.sleep(0.1)
+        wait_for_word(self.hosts)
+        return [index for index, host in enumerate(self.hosts) if is_dead(host)]
+
+    def _died(self, indices: Sequence[int]) -> str:
+        return f"{', '.join(f'{self.name_of(index)} ({place_of(self.hosts[index])})' for index in indices)} died" if indices else ""
+
+    def who_died(self) -> str:
+        """`policy rank 0 of 2 (process 4711 on 10.0.0.5) died`, of all that did; empty when none has."""
+        return self._died(self._dead())
 
     def restart(self) -> None:
         """End the processes, start new ones and wait until they are ready."""

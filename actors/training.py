@@ -10,7 +10,7 @@ from pathlib import Path
 from actors import evaluation
 from actors.critic import Critic
 from actors.generator import Generator
-from actors.group import Group, OutOfRestarts, RoleLost, covered_seconds, gather
+from actors.group import Group, OutOfRestarts, PublicationUnsent, RoleLost, covered_seconds, gather
 from actors.parent import driver_restarts, got_further
 from actors.placement import peak_flops
 from actors.policy import Policy
@@ -183,7 +183,8 @@ class Training:
         self._changing = True
         checkpoint = self.ready.checkpoints.latest()
         step = 0 if checkpoint is None else self.ready.checkpoints.step_of(checkpoint)
-        self.tracker.message(f"{lost}; the learners start again and go on after step {step}")
+        died = self.policy.who_died() if isinstance(lost, PublicationUnsent) else ""
+        self.tracker.message(f"{lost}{died and f': {died}'}; the learners start again and go on after step {step}")
         groups = [role for role in self.roles if with_a_learner(role.role)]
         for group in groups:
             group.close()

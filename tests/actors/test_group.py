@@ -271,6 +271,7 @@ def test_calls_that_were_made_before_a_process_died_are_all_repeated_and_cost_on
     with Cluster(PlacementConfig(), {"adder": RolePlacement()}) as cluster:
         group = Group(cluster, "adder", Adder, 10, restarts=1)
         group.ready()
+        assert group.who_died() == ""
         pending = [group.call(Adder.naps), *(group.call(Adder.add, number) for number in range(3))]
         os.kill(group.whereabouts()[0]["pid"], signal.SIGKILL)
         (pid,) = pending[0].result()
@@ -313,6 +314,7 @@ def test_of_a_process_that_takes_no_connections_ray_s_word_is_waited_for(ray_clu
         with pytest.raises(RoleLost, match=rf"^adder rank 1 of 2 \(process {pid} on [\d.]+\) died$"):
             group.call(Adder.sum_over_ranks).result()
         assert time.monotonic() > knows
+        assert group.who_died() == f"adder rank 1 of 2 ({watchdog.place_of(group.hosts[1])}) died"
         assert [watchdog.answers(host) for host in group.hosts] == [True, False]
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from actors.group import Pending
+from actors.group import Pending, PublicationUnsent
 from actors.training import Training
 from minigpt_ray.checkpoint import Checkpoints
 from minigpt_ray.cli import resolved
@@ -41,3 +41,15 @@ def test_the_disk_holds_the_rows_of_a_step_before_there_is_a_checkpoint_of_it(tr
     training._save()
     assert {"metrics.jsonl", "samples.jsonl", tmp_path.name} < set(synced)
     assert training.ready.checkpoints.latest() == tmp_path / "checkpoint" / "step-000007"
+
+
+def test_of_weights_that_did_not_arrive_the_line_says_who_died(training: Training, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster = SimpleNamespace(with_a_learner=lambda role: role == "policy")
+    training.policy = SimpleNamespace(cluster=cluster, who_died=lambda: "policy rank 0 of 2 (process 4711 on 10.0.0.5) died")  # type: ignore[assignment]
+    training._rewinds_left = 1
+    for name in ("_restore", "_end_change"):
+        monkeypatch.setattr(training, name, lambda *_: None)
+    training._recover(PublicationUnsent("policy", "the policy's weights 7 did not reach the generator (PublicationLost: gone)"))
+    died = "policy rank 0 of 2 (process 4711 on 10.0.0.5) died"
+    line = f"the policy's weights 7 did not reach the generator (PublicationLost: gone): {died}; the learners start again and go on after step 0"
+    assert line in capsys.readouterr().out

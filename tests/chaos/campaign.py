@@ -81,8 +81,8 @@ def play(world: World, undisturbed: Finished, number: int, moments: Sequence[Seq
             result = compare(Finished(job.directory, job.output), undisturbed)
         except AssertionError:
             result = "lost"
-        output = job.output  # one of several that hangs is found later, while the others do its work
-    said = [entry.said or _line(entry.fault, output[before:]) for entry, before in zip(entries, heard, strict=True)]
+        output = job.output
+    said = [entry.said or (_line(entry.fault, output[before:]) if FAULTS[entry.fault].late else "") for entry, before in zip(entries, heard, strict=True)]
     return [replace(entry, said=line, result=entry.result or result) for entry, line in zip(entries, said, strict=True)]
 
 

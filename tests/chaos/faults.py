@@ -31,6 +31,11 @@ class Fault:
     form: str = "narrow"
     """Key of world.FORMS: runs of which form have what it is done to."""
 
+    @property
+    def late(self) -> bool:
+        """It may be found out, and said, when other faults have come: of several that work one hangs, and the others do its work."""
+        return "counts as dead" in self.said
+
 
 LEARNERS = ("policy", "critic")
 
