@@ -87,8 +87,8 @@ class PlacementConfig(Config):
     """Ray cluster to join; none: the one this job was submitted to, else a fresh local one."""
     strategy: Literal["pack", "spread"] = "pack"
     """Prefer few nodes or many for the ranks of a role; each role may have its own. Generator workers are placed one by one."""
-    wait_seconds: NonNegativeFloat = 10
-    """How long the job waits for room, saying what is missing, before it is refused; where an autoscaler brings nodes, as long as these take."""
+    wait_seconds: NonNegativeFloat = 5
+    """How long the job waits for room, saying what is missing, before it is refused, which by default is within ten seconds of its start; where an autoscaler brings nodes, as long as these take."""
     check_memory: bool = True
     """Refuse roles whose estimated memory no node, or no GPU, has."""
     hang_after_s: PositiveFloat = 3600

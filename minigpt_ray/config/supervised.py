@@ -68,8 +68,8 @@ class SupervisedConfig(TrainingConfig):
     """Custom resources of one worker, as nodes were given them: `{learner: 1}`."""
     labels_per_worker: dict[str, str] = {}
     """Labels that a node must have to hold a worker, by Ray's selectors: `{role: learner}`."""
-    wait_seconds: NonNegativeFloat = 10
-    """How long the job waits for room, saying what is missing, before it is refused; where an autoscaler brings nodes, as long as these take."""
+    wait_seconds: NonNegativeFloat = 5
+    """How long the job waits for room, saying what is missing, before it is refused, which by default is within ten seconds of its start; where an autoscaler brings nodes, as long as these take."""
     hang_after_s: PositiveFloat = 3600
     """After so many seconds without a step, or without a batch of the reference's logprobs before the first one, the workers count as hung: their stacks are printed, and they are ended and replaced like workers that died. So long without a tokenised block while windows are made ends the job."""
     worker_restarts: NonNegativeInt = 2
