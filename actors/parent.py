@@ -44,6 +44,8 @@ FURTHER = b"+"
 """A sign of life that says more than the usual one."""
 _pulse: int | None = None
 """Where this process, if it is a driver, gives them."""
+_ended_by = 0
+"""The signal that this process, if it is a driver, ends by, once that came."""
 ASKED = (signal.SIGTERM, signal.SIGINT)
 """Signals by which somebody asks a job to end."""
 
@@ -122,6 +124,12 @@ def _drive(run: Callable[[C], None], config: C, restarts: int) -> bool:
     return True
 
 
+def ends_by(number: int) -> None:
+    """This process ends by a signal, and its exit code will say so if it is a driver: Ray's library makes another SystemExit of one that comes while it waits."""
+    global _ended_by
+    _ended_by = number
+
+
 def _live(pulse: int) -> None:
     """Give signs of life, for ever, in a thread."""
     global _pulse
@@ -172,8 +180,10 @@ class _Parent:
                     sys.stdout.flush()
                     sys.stderr.flush()
                     os._exit(1)  # at a usual exit Ray would wait for what is not there any more
-            except BaseException:
+            except BaseException as end:
                 os.write(farewell, b"!")
+                if isinstance(end, SystemExit) and _ended_by:
+                    raise SystemExit(128 + _ended_by) from None
                 raise
             os.write(farewell, b".")
             raise SystemExit(0)

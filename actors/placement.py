@@ -21,7 +21,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.group import get_all
-from actors.parent import driver_restarts
+from actors.parent import driver_restarts, ends_by
 from actors.preflight import DECIMALS, PlacementError, bundle, in_order, preflight, table
 from actors.rank_host import PULSE, RankHost
 from actors.watchdog import START_SECONDS, Limit, end_hung, record_of
@@ -322,6 +322,7 @@ def _answer_sigterm() -> None:
 
     def end(number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_IGN)  # `ray job stop` sends one to the driver, and its parent passes one on
+        ends_by(number)
         sys.exit(128 + number)
 
     signal.signal(signal.SIGTERM, end)

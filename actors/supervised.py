@@ -141,7 +141,8 @@ def _asking_at_sigterm(mailbox: Any, begun: threading.Event) -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        if signal.getsignal(signal.SIGTERM) is ask:  # else this process is about to end, and another one changes nothing
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _baseline(stage: Stage, train: Sources, validation: Sources) -> dict[str, float]:

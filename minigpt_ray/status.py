@@ -76,7 +76,7 @@ class Status:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._over.set()
         self._pulse.join()
-        stopped = kind is not None and issubclass(kind, SystemExit) and not (error and error.args and error.args[0])
+        stopped = isinstance(error, SystemExit) and error.code != 2  # what one_sentence refuses
         self._become(end="finished" if kind is None else "stopped" if stopped else f"failed ({kind.__name__})")
 
     def phase(self, name: str) -> None:

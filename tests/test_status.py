@@ -83,7 +83,13 @@ def test_a_job_without_a_sign_of_life_is_called_gone_and_the_way_out_is_said(run
 
 @pytest.mark.parametrize(
     ("error", "end"),
-    [(None, "finished"), (SystemExit(0), "stopped"), (SystemExit(2), "failed (SystemExit)"), (ValueError("no"), "failed (ValueError)")],
+    [
+        (None, "finished"),
+        (SystemExit(0), "stopped"),
+        (SystemExit(143), "stopped"),
+        (SystemExit(2), "failed (SystemExit)"),
+        (ValueError("no"), "failed (ValueError)"),
+    ],
 )
 def test_how_a_job_ended_is_kept(tmp_path: Path, error: BaseException | None, end: str) -> None:
     try:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -198,7 +199,10 @@ def left_alone(rank: int, world: int, directory: Path) -> None:
     join(rank, world, directory)
     engine = Engine(build_model(), EngineConfig(zero_stage=1), OPTIMIZER, STEPS)
     if rank == 1:
+        while not (directory / "ready").exists():
+            time.sleep(0.01)
         os._exit(0)
+    (directory / "ready").touch()
     with pytest.raises(Disconnected, match=r"Connection (closed|reset) by peer"):
         engine.save(directory / "saved")
     os._exit(0)  # torch's own end would wait for the other

@@ -178,6 +178,23 @@ def test_sigterm_is_passed_on_and_nothing_is_started_after_it() -> None:
             assert ("saved" in out) == (code == 0)
 
 
+WAITS_FOR_RAY = """
+    import ray, threading
+    from actors.placement import connect
+    connect(None, cpus=1)
+    threading.Timer(1, lambda: os.kill(os.getppid(), signal.SIGTERM)).start()
+    ray.get(ray.remote(num_cpus=0)(lambda: time.sleep(1000)).remote())
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_sigterm_while_a_driver_waits_for_ray_has_the_code_of_any_process() -> None:
+    """Of whose SystemExit(143) Ray makes a SystemExit(1) of its own."""
+    code, _, err = finish(WAITS_FOR_RAY, timeout=200)
+    assert code == 128 + signal.SIGTERM and not [line for line in err if "Traceback" in line]
+
+
 def test_sigterm_between_two_drivers_ends_the_job() -> None:
     with job("os.kill(os.getpid(), signal.SIGKILL)", limit=9) as process:
         assert process.stderr is not None and "restart 1 of 9" in process.stderr.readline()

@@ -147,18 +147,19 @@ def test_a_run_that_lost_a_worker_was_stopped_and_killed_has_the_course_of_one_t
 @pytest.mark.slow
 def test_sigterm_before_the_first_step_ends_the_job_with_143(output_dir):
     job = start(output_dir, "early")
-    while (line := job.stdout.readline()) and "midtrain starts:" not in line:
-        pass
+    stage = output_dir / "early" / "midtrain"
+    while job.poll() is None and not (stage / "processes.json").exists():  # workers that prepare themselves, and a driver that waits for them
+        time.sleep(0.01)
     job.send_signal(signal.SIGTERM)
     said = job.communicate(timeout=120)[0]
-    assert job.returncode == 143 and "Traceback" not in said, said
-    stage = output_dir / "early" / "midtrain"
+    assert job.returncode == 143 and "midtrain starts:" in said and "Traceback" not in said, said
+    assert look(output_dir / "early").state.end == "stopped"
     assert {row["step"] for row in read_metrics(stage / "metrics.jsonl")} <= {0} and not (stage / "checkpoint").exists()
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_of_two_workers_one_dies_in_a_step_and_one_while_both_save_and_the_course_stays(output_dir):
+def test_of_two_workers_one_dies_in_a_step_and_one_when_both_save_and_the_course_stays(output_dir):
     """Whoever is left finds out in a collective, perhaps before Ray does, and perhaps while it writes: which is no full disk."""
     more = ("num_workers=2", "steps=24", "checkpoint={every: 2, resume: auto}")
     _, whole = course_of(start(output_dir, "two", *more), output_dir / "two" / "midtrain")
