@@ -145,7 +145,7 @@ def test_a_worker_that_is_killed_or_hangs_is_replaced_and_the_tokens_are_the_sam
     timer.join()
     start = time.perf_counter()
     mortal.receive(published(new, version=6))  # nobody waits for the one that hangs
-    assert [worker.version for worker in mortal.workers] == [6, 5] and time.perf_counter() - start < 8
+    assert [worker.version for worker in mortal.workers] == [6, -1] and time.perf_counter() - start < 8
     while mortal.restarts == 1:  # also when publications come sooner than it may take to load one
         assert tokens(mortal.generate(PROMPTS, sampling)) == tokens(expected)
         mortal.receive(published(new, version=mortal.version + 1))
