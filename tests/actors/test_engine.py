@@ -203,14 +203,17 @@ def left_alone(rank: int, world: int, directory: Path) -> None:
             time.sleep(0.01)
         os._exit(0)
     (directory / "ready").touch()
-    with pytest.raises(Disconnected, match=r"Connection (closed|reset) by peer"):
+    with pytest.raises(Disconnected, match=r"Connection (closed|reset) by peer") as caught:
         engine.save(directory / "saved")
+    (directory / "said").write_text(str(caught.value))
     os._exit(0)  # torch's own end would wait for the other
 
 
 @pytest.mark.slow
 def test_a_rank_whose_peer_dies_while_both_save_speaks_of_that_and_not_of_the_disk(tmp_path):
     run_ranks(left_alone, (2, tmp_path), 2)
+    said = (tmp_path / "said").read_text()
+    assert "by peer" in said and "make room" not in said
 
 
 @pytest.mark.slow
