@@ -291,12 +291,17 @@ class Generator(Pool[GeneratorWorker]):
             members = range(position - position % chunk, min(position - position % chunk + chunk, len(prompts)))
             if all(member in finished for member in members):
                 yield [rollout for member in members for rollout in finished[member]]
-        if self._config.sleep_between_phases and self._publication is not None:
-            self.call(GeneratorWorker.sleep).result()
-            for worker in self.workers:
-                worker.version = -1
-            self._loading.clear()  # these have ended too, and what was loaded is gone
-            self._asleep = True
+        self.rest()
+
+    def rest(self) -> None:
+        """Leave GPUs to the others until the next publication, or `stream`, with generator.sleep_between_phases; what was asked and not answered is forgotten."""
+        if not self._config.sleep_between_phases or self._publication is None or self._asleep:
+            return
+        self.call(GeneratorWorker.sleep).result()
+        for worker in self.workers:
+            worker.version = -1
+        self._loading.clear()  # these have ended too, and what was loaded is gone
+        self._asleep = True
 
     def orders(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Order]:
         """An order for each prompt, with a number that no other has."""

@@ -229,7 +229,9 @@ class GeneratorWorker:
     def sleep(self) -> None:
         """Give the GPU to others; the weights are lost, so nothing is generated before the next `receive`."""
         self.version = -1
-        self.engine.sleep()
+        with dying_with_the_engine():
+            self.drop(list(self._open))
+            self.engine.sleep()
         self.asleep = True
 
 

@@ -64,10 +64,10 @@ def environment(threads: int) -> dict[str, Any]:
     }
 
 
-def _environment_of(role: AnyPlacement) -> dict[str, Any]:
-    """That of a role's processes: one that asked for no GPU sees none, also on a cluster that was started without being told so."""
-    found = environment(role.cpus)
-    return found if role.gpus else {"env_vars": {**found["env_vars"], "CUDA_VISIBLE_DEVICES": ""}}
+def environment_of(cpus: int, gpus: float) -> dict[str, Any]:
+    """That of a process: one that asked for no GPU sees none, also on a cluster that was started without being told so."""
+    found = environment(cpus)
+    return found if gpus else {"env_vars": {**found["env_vars"], "CUDA_VISIBLE_DEVICES": ""}}
 
 
 def roles_of(config: PlacementConfig, rewards: Mapping[str, AnyReward], critic: bool = True) -> dict[str, AnyPlacement]:
@@ -257,9 +257,10 @@ class Cluster:
             num_gpus=role.gpus,
             resources=role.resources,
             scheduling_strategy=PlacementGroupSchedulingStrategy(place.group, placement_group_bundle_index=place.bundle),
-            runtime_env=_environment_of(role),
+            runtime_env=environment_of(role.cpus, role.gpus),
         )
-        return actor.remote(index, role.ranks, "cuda" if role.gpus else "cpu")
+        shares_gpu = 0 < role.gpus < 1 and not isinstance(role, GeneratorPlacement)  # vLLM keeps its part, and gives it back when it sleeps
+        return actor.remote(index, role.ranks, "cuda" if role.gpus else "cpu", shares_gpu)
 
     def end_hung(self, hosts: Mapping[str, Any], method: str, seconds: float) -> None:
         """Say where these processes hang, and kill them: their calls end with RayActorError."""

@@ -55,10 +55,11 @@ class Timed:
 class RankHost:
     """The process that holds rank objects. Made a Ray actor by placement.Cluster. Imports torch when a role asks for it: rewards do not."""
 
-    def __init__(self, index: int, world: int, device: str) -> None:
+    def __init__(self, index: int, world: int, device: str, shares_gpu: bool = False) -> None:
+        """`shares_gpu`: other processes compute on its GPU too, and need what memory torch would keep there between two calls."""
         gc.disable()  # until a role is built: its arguments bring imports with them
         keep_stacks_at_hand()
-        self.rank = Rank(index, world, device)
+        self.rank, self._shares_gpu = Rank(index, world, device), shares_gpu
         self.roles: dict[str, Any] = {}
 
     def address(self) -> tuple[str, int]:
@@ -87,6 +88,7 @@ class RankHost:
         """Build a rank object; where this process is."""
         with without_collection(), telling_disconnections():
             self.roles[role] = build(self.rank, *args)
+        self._leave_gpu()
         return {"host": ray.util.get_node_ip_address(), "pid": os.getpid(), "device": self._device_name()}
 
     def _device_name(self) -> str:
@@ -97,6 +99,13 @@ class RankHost:
 
         return torch.cuda.get_device_name()
 
+    def _leave_gpu(self) -> None:
+        """Give memory that is free, and that torch would keep for the next call, to those who share the GPU: an engine that wakes takes its whole part of it."""
+        if self._shares_gpu:
+            import torch
+
+            torch.cuda.empty_cache()
+
     def pulse(self) -> None:
         """Returns at once, also while a call computes, if this process lives."""
 
@@ -106,10 +115,11 @@ class RankHost:
         began, start = time.time(), time.perf_counter()
         with telling_disconnections():
             value = method(self.roles[role], *values)
+        self._leave_gpu()
         return Timed(value, began, time.perf_counter() - start, psutil.Process().memory_info().rss)
 
 
-OF_THE_CODE = ("[enforce fail", "ncclInvalid", "Duplicate GPU", "out of memory")
+OF_THE_CODE = ("[enforce fail", "ncclInvalid", "Duplicate GPU", "out of memory", "CUDA calloc")
 """Words of what gloo and NCCL say of a call that is wrong, or too large, with every rank there."""
 
 

@@ -33,7 +33,7 @@ from actors.dataset import Sources, left_out, prepare_windows
 from actors.group import RoleLost
 from actors.mailbox import Begun, Logged, Mailbox, Saving, Started, Stopped, work
 from actors.parent import driver_restarts, got_further
-from actors.placement import connect, environment
+from actors.placement import connect, environment, environment_of
 from actors.preflight import PlacementError, preflight
 from actors.prometheus import sinks
 from actors.rank_host import Disconnected
@@ -200,7 +200,7 @@ def _trainer(ready: Ready, stored: Mapping[str, Path], mailbox: Any) -> TorchTra
             name=f"{time.time_ns():x}",
             storage_path=str(ready.directory / "ray_train"),
             failure_config=FailureConfig(max_failures=config.worker_restarts),
-            worker_runtime_env={"env_vars": KEEP_FREED_MEMORY | environment(config.cpus_per_worker)["env_vars"]},
+            worker_runtime_env={"env_vars": KEEP_FREED_MEMORY | environment_of(config.cpus_per_worker, config.gpus_per_worker)["env_vars"]},
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )

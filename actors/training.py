@@ -188,6 +188,7 @@ class Training:
         groups = [role for role in self.roles if with_a_learner(role.role)]
         for group in groups:
             group.close()
+        self.generator.rest()  # new learners build, and load, beside an engine that sleeps, as the first ones learnt
         for group in groups:
             group.start()
         for group in groups:

@@ -117,6 +117,16 @@ def test_text_that_looks_like_a_number_survives_the_round_trip(tmp_path):
             ["placement.hang_after_s=300 is no longer than policy and generator workers wait for each other with weights.transport=nccl, 300 s; raise it"],
         ),
         (
+            [
+                "weights.transport=cuda_ipc",
+                "placement.generator.gpus=0.4",
+                "generator.gpu_memory_utilization=0.4",
+                "placement.colocate=[[critic, policy]]",
+                "placement.critic.gpus=1",
+            ],
+            ["found placement.generator.gpus=0.4 and placement.critic.gpus=1, placement.critic.ranks=1; use object_store or nccl"],
+        ),
+        (
             ["placement.generator.gpus=0.4", "placement.policy.gpus=0.3"],
             ["generator.gpu_memory_utilization=0.85 is more of a GPU than placement.generator.gpus=0.4 leaves it; set it to 0.4 or less, or generator.sleep_"],
         ),

@@ -113,10 +113,11 @@ class PlacementConfig(Config):
 
     @property
     def pairs(self) -> bool:
-        """Whether rank i of the policy and worker i of the generator share a GPU: as many of both, each with a part, together more than half and at most a whole one."""
+        """Whether rank i of the policy and worker i of the generator share a GPU: as many of both, each with a part, together more than half and at most a whole one, on nodes of one kind."""
         policy, generator = getattr(self, self.home("policy")), self.generator
         parts = round(policy.gpus + generator.gpus, 4)
-        return bool(generator.workers == policy.ranks and min(policy.gpus, generator.gpus) > 0 and 0.5 < parts <= 1)
+        alike = generator.labels in ({}, policy.labels) and generator.resources in ({}, policy.resources)
+        return bool(alike and generator.workers == policy.ranks and min(policy.gpus, generator.gpus) > 0 and 0.5 < parts <= 1)
 
     @model_validator(mode="after")
     def _sets_that_can_be(self) -> "PlacementConfig":

@@ -121,13 +121,14 @@ class PPOConfig(TrainingConfig):
         return self
 
     def _possible_on_gpus(self) -> None:
-        generator, policy, transport = self.placement.generator, self.placement.policy, self.weights.transport
-        found = f"placement.generator.gpus={generator.gpus:g} and placement.policy.gpus={policy.gpus:g}"
+        home = self.placement.home("policy")
+        generator, policy, transport = self.placement.generator, getattr(self.placement, home), self.weights.transport
+        found = f"placement.generator.gpus={generator.gpus:g} and placement.{home}.gpus={policy.gpus:g}"
         if transport == "nccl" and min(generator.gpus, policy.gpus) < 1:
             raise ValueError(f"weights.transport=nccl needs whole GPUs for generator and policy, found {found}; use object_store, or cuda_ipc on a shared GPU")
         if transport == "cuda_ipc" and (not (0 < generator.gpus < 1 and 0 < policy.gpus < 1) or policy.ranks > 1):
             raise ValueError(
-                f"weights.transport=cuda_ipc needs a GPU that generator and one policy rank share (gpus between 0 and 1), found {found}, placement.policy.ranks={policy.ranks}; use object_store or nccl"
+                f"weights.transport=cuda_ipc needs a GPU that generator and one policy rank share (gpus between 0 and 1), found {found}, placement.{home}.ranks={policy.ranks}; use object_store or nccl"
             )
         if self.generator.sleep_between_phases and generator.gpus == 0:
             raise ValueError("generator.sleep_between_phases=true needs a GPU, but placement.generator.gpus=0; set it to false")

@@ -67,6 +67,17 @@ def test_ranks_with_a_part_of_a_gpu_need_a_worker_each_to_share_it_with() -> Non
     assert not PlacementConfig().pairs
 
 
+def test_what_asks_for_other_nodes_than_the_policy_shares_no_gpu_with_it() -> None:
+    policy = {"gpus": 0.6, "labels": {"role": "learner"}, "resources": {"learner": 1}}
+    for generator, shares in (
+        ({}, True),
+        ({"labels": policy["labels"]}, True),
+        ({"labels": {"role": "generator"}}, False),
+        ({"resources": {"generator": 1}}, False),
+    ):
+        assert PlacementConfig.model_validate({"policy": policy, "generator": {"gpus": 0.4, **generator}}).pairs == shares
+
+
 def test_what_is_asked_for_a_role_without_processes_of_its_own_is_refused() -> None:
     shared = {"colocate": [["policy", "critic"]]}
     with pytest.raises(ValueError, match=r"critic\.gpus=1\.0 has no effect, since colocate puts critic into the processes of policy; set policy\.gpus"):

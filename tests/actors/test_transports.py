@@ -73,6 +73,20 @@ def test_a_generator_that_slept_loads_the_publication_again_before_it_generates(
     assert of_workers(generator, lambda worker: worker.asleep) == [False, False]
 
 
+def test_workers_rest_when_a_step_is_given_up_and_forget_what_they_were_asked(roles: tuple[Policy, Generator]) -> None:
+    policy, generator = roles
+    generator.receive(policy.publish(3))
+    rollouts = generator.generate(PROMPTS, GREEDY)
+    generator.receive(policy.publish(3))
+    answers = generator.stream(PROMPTS, GREEDY, chunk=1)
+    next(answers)
+    answers.close()
+    generator.rest()
+    generator.rest()  # changes nothing
+    assert of_workers(generator, lambda worker: (worker.version, worker.asleep, len(worker._open))) == [(-1, True, 0), (-1, True, 0)]
+    assert tokens(generator.generate(PROMPTS, GREEDY)) == tokens(rollouts)
+
+
 def test_a_new_worker_is_brought_up_to_date_and_then_belongs_to_the_group(roles: tuple[Policy, Generator]) -> None:
     policy, generator = roles
     generator.receive(policy.publish(5))
