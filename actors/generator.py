@@ -114,6 +114,7 @@ class Generator(Pool[GeneratorWorker]):
         while True:
             workers = self._wait_for_some()
             calls: dict[Any, Worker] = {}
+            self._asleep = False  # workers wake before they fetch
             try:
                 sent, sending = self._send(workers)
                 calls = dict(zip(sent, workers, strict=True))
@@ -130,7 +131,6 @@ class Generator(Pool[GeneratorWorker]):
         self.usage.busy_seconds += max(t.seconds for t in timed)
         self.usage.span("receive", {calls[call].number: t for call, t in zip(in_time, timed, strict=True)})
         self.marks.append(Mark(f"weights version {self.version}", time.time()))
-        self._asleep = False
         self.received = [t.value for t in timed]
         for call in in_time:
             self._has_proved(calls[call])
@@ -297,6 +297,7 @@ class Generator(Pool[GeneratorWorker]):
         """Leave GPUs to the others until the next publication, or `stream`, with generator.sleep_between_phases; what was asked and not answered is forgotten."""
         if not self._config.sleep_between_phases or self._publication is None or self._asleep:
             return
+        self._advance_until(self._has_replaced_the_dead)  # a worker that is being built would take its part of the GPU afterwards
         self.call(GeneratorWorker.sleep).result()
         for worker in self.workers:
             worker.version = -1

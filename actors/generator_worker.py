@@ -231,7 +231,8 @@ class GeneratorWorker:
         self.version = -1
         with dying_with_the_engine():
             self.drop(list(self._open))
-            self.engine.sleep()
+            if not self.asleep:
+                self.engine.sleep()
         self.asleep = True
 
 

@@ -252,7 +252,11 @@ class Pool(Group[R]):
         """Replace those that are dead; all when none is known to be, so that what fails without a death is not repeated for ever."""
         for worker in [worker for worker in self.workers if has_died(worker.host.address.remote())] or list(self.workers):
             self.replace(worker, lost)
-        self._advance_until(lambda: bool(self.hosts) and all(worker.newcomer for worker in self._coming.values()))
+        self._advance_until(self._has_replaced_the_dead)
+
+    def _has_replaced_the_dead(self) -> bool:
+        """Whether somebody is there, and nobody is on the way but newcomers."""
+        return bool(self.hosts) and all(worker.newcomer for worker in self._coming.values())
 
     def _look(self) -> None:
         """See whether another size was asked for, and which nodes end."""

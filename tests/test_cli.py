@@ -127,6 +127,15 @@ def test_text_that_looks_like_a_number_survives_the_round_trip(tmp_path):
             ["found placement.generator.gpus=0.4 and placement.critic.gpus=1, placement.critic.ranks=1; use object_store or nccl"],
         ),
         (
+            [
+                "weights.transport=cuda_ipc",
+                "placement.generator={gpus: 0.4, labels: {role: generator}}",
+                "generator.gpu_memory_utilization=0.4",
+                "placement.policy.gpus=0.6",
+            ],
+            ["cuda_ipc needs generator and policy on one GPU, but placement.generator.labels={'role': 'generator'} and resources={} ask for other nodes"],
+        ),
+        (
             ["placement.generator.gpus=0.4", "placement.policy.gpus=0.3"],
             ["generator.gpu_memory_utilization=0.85 is more of a GPU than placement.generator.gpus=0.4 leaves it; set it to 0.4 or less, or generator.sleep_"],
         ),

@@ -112,12 +112,17 @@ class PlacementConfig(Config):
         return next((shared[0] for shared in self.colocate if kind in shared), role)
 
     @property
+    def generator_asks_for_no_other_nodes(self) -> bool:
+        """Whether generator workers may be wherever the policy may, by labels and custom resources."""
+        policy, generator = getattr(self, self.home("policy")), self.generator
+        return generator.labels in ({}, policy.labels) and generator.resources.keys() <= policy.resources.keys()
+
+    @property
     def pairs(self) -> bool:
         """Whether rank i of the policy and worker i of the generator share a GPU: as many of both, each with a part, together more than half and at most a whole one, on nodes of one kind."""
         policy, generator = getattr(self, self.home("policy")), self.generator
         parts = round(policy.gpus + generator.gpus, 4)
-        alike = generator.labels in ({}, policy.labels) and generator.resources in ({}, policy.resources)
-        return bool(alike and generator.workers == policy.ranks and min(policy.gpus, generator.gpus) > 0 and 0.5 < parts <= 1)
+        return bool(self.generator_asks_for_no_other_nodes and generator.workers == policy.ranks and min(policy.gpus, generator.gpus) > 0 and 0.5 < parts <= 1)
 
     @model_validator(mode="after")
     def _sets_that_can_be(self) -> "PlacementConfig":
@@ -156,6 +161,7 @@ class PlacementConfig(Config):
             if name in ("policy", "critic") and role.ranks > 1 and 0 < role.gpus < 1 and not paired:
                 raise ValueError(
                     f"{name}.ranks={role.ranks} with {name}.gpus={role.gpus:g} may meet on one GPU, which NCCL refuses; set {name}.gpus=1 or {name}.ranks=1, "
-                    "or let every policy rank share a GPU with a generator worker: as many workers as ranks, more than half a GPU together, all learners in the policy's processes"
+                    "or let every policy rank share a GPU with a generator worker: as many workers as ranks, more than half a GPU together, all learners in the policy's processes, "
+                    "no labels or custom resources of the generator that the policy lacks"
                 )
         return self

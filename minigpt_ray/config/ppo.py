@@ -130,6 +130,11 @@ class PPOConfig(TrainingConfig):
             raise ValueError(
                 f"weights.transport=cuda_ipc needs a GPU that generator and one policy rank share (gpus between 0 and 1), found {found}, placement.{home}.ranks={policy.ranks}; use object_store or nccl"
             )
+        if transport == "cuda_ipc" and not self.placement.generator_asks_for_no_other_nodes:
+            raise ValueError(
+                f"weights.transport=cuda_ipc needs generator and policy on one GPU, but placement.generator.labels={generator.labels} and resources={generator.resources} "
+                f"ask for other nodes than those of placement.{home}; leave them out"
+            )
         if self.generator.sleep_between_phases and generator.gpus == 0:
             raise ValueError("generator.sleep_between_phases=true needs a GPU, but placement.generator.gpus=0; set it to false")
         if self.generator.sleep_between_phases and self.generator.backend != "vllm":

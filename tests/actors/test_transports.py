@@ -10,8 +10,9 @@ import pytest
 
 from actors.generator import Generator
 from actors.generator_worker import GeneratorWorker
+from actors.group import PublicationUnsent, get_all
 from actors.policy import Policy
-from actors.weights import WeightsError
+from actors.weights import PublicationLost, WeightsError
 from minigpt_ray.config import GeneratorConfig, GeneratorPlacement, PlacementConfig
 from tests.actors.broadcasting import GREEDY, PROMPTS, corrupt, move, started, tokens
 
@@ -85,6 +86,24 @@ def test_workers_rest_when_a_step_is_given_up_and_forget_what_they_were_asked(ro
     generator.rest()  # changes nothing
     assert of_workers(generator, lambda worker: (worker.version, worker.asleep, len(worker._open))) == [(-1, True, 0), (-1, True, 0)]
     assert tokens(generator.generate(PROMPTS, GREEDY)) == tokens(rollouts)
+
+
+def test_workers_that_were_woken_for_weights_that_never_came_sleep_again(roles: tuple[Policy, Generator], monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, generator = roles
+    generator.receive(policy.publish(3))
+    generator.generate(PROMPTS, GREEDY)
+    assert of_workers(generator, lambda worker: worker.asleep) == [True, True]
+
+    def lose(*calls: Any) -> None:
+        get_all(*calls)
+        raise PublicationLost("the sender is gone")
+
+    with monkeypatch.context() as patched, pytest.raises(PublicationUnsent):
+        patched.setattr("actors.generator.get_all", lose)
+        generator.receive(policy.publish(4))
+    assert of_workers(generator, lambda worker: worker.asleep) == [False, False]
+    generator.rest()
+    assert of_workers(generator, lambda worker: worker.asleep) == [True, True]
 
 
 def test_a_new_worker_is_brought_up_to_date_and_then_belongs_to_the_group(roles: tuple[Policy, Generator]) -> None:
