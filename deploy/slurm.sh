@@ -20,7 +20,9 @@ export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_worker_niceness=0
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${nodes[0]} others=$((${#nodes[@]} - 1))
-read -r address _ < <(srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address)
+address=$(srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" bash -c 'hostname --ip-address; hostname --all-ip-addresses' |
+    awk '{ for (i = 1; i <= NF; i++) if (!found && $i ~ /^[0-9.]+$/ && $i !~ /^127[.]/) found = $i } END { print found }')
+: "${address:?no IPv4 address of $head but those of the loopback}"
 
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" ray start --head --node-ip-address="$address" --port=6379 --block &
@@ -32,7 +34,7 @@ if [ "$others" -gt 0 ]; then
     srun --overlap --nodes="$others" --ntasks="$others" --exclude="$head" ray start --address="$address:6379" --block &
 fi
 
-RAY_ADDRESS="$address:6379" python -m jobs.ppo "$@" placement.wait_seconds=300 &
+RAY_ADDRESS="$address:6379" python -m jobs.ppo placement.wait_seconds=300 "$@" &
 driver=$!
 trap 'kill -TERM "$driver"' TERM
 code=0

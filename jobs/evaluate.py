@@ -14,12 +14,14 @@ from minigpt_ray.config import EvaluateConfig
 
 def run(config: EvaluateConfig) -> None:
     """Evaluate every model, one after the other."""
+    from actors.preflight import check_engine
     from actors.reward_sources import check_sources, check_vocabularies, reward_models
     from minigpt_ray.data.prompts import encode_prompts, longest, read_prompts
     from minigpt_ray.model_directory import check_context, resolve_model
     from minigpt_ray.tokenizer import load_tokenizer
 
     with one_sentence():  # the first tokenizer brings torch; most of what can be refused is refused before
+        check_engine(config.generator, config.placement.generator)
         paths = {name: resolve_model(name, config.run_dir) for name in config.models}
         rows = read_prompts(config.data, config.stage_dir("prepare_data") / "held_out.jsonl")
         check_sources(config.rewards, config.run_dir)

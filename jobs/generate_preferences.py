@@ -18,6 +18,7 @@ def run(config: GeneratePreferencesConfig) -> None:
     """Answer, score, pair, write; nothing when the same configuration and model have done so before."""
     from rich.console import Console
 
+    from actors.preflight import check_engine
     from actors.reward_sources import check_sources, check_vocabularies, reward_models
     from minigpt_ray.data.preferences import PairFile, load_right_answers, make_pairs, summary
     from minigpt_ray.data.prompts import encode_prompts, longest, read_prompts
@@ -33,6 +34,7 @@ def run(config: GeneratePreferencesConfig) -> None:
             console.print(f"{file.directory} is complete and was made by this config and model; nothing to do", soft_wrap=True)
             return
         default = config.stage_dir("prepare_data") / "prompts.jsonl"
+        check_engine(config.generator, config.placement.generator)
         rows = read_prompts(config.data, default)
         check_sources(config.rewards, config.run_dir)
         tokenizer = load_tokenizer(path)

