@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -151,11 +152,30 @@ class Hosts:
         self.start_all()
 
     def start_all(self) -> None:
-        """The head, and the others as soon as it answers."""
+        """The head, and the others as soon as it answers; until all have joined, else a job takes the room of those that are there."""
         for host in self.hosts:
             self.start(host)
             if host is self.hosts[0]:
                 self.wait_until_up()
+        deadline = time.monotonic() + START_SECONDS
+        while (joined := self.num_joined()) < len(self.hosts):
+            assert time.monotonic() < deadline, f"{joined} of {len(self.hosts)} nodes are there"
+            time.sleep(0.5)
+
+    def num_joined(self) -> int:
+        """How many nodes the head knows that are alive."""
+        found = self._get("api/v0/nodes")
+        return sum(node["state"] == "ALIVE" for node in found["data"]["result"]["result"]) if found else 0
+
+    def _get(self, path: str) -> dict[str, Any]:
+        """What the head's dashboard says of `path`; empty when it says nothing."""
+        token = (Path(self.environment["HOME"]) / ".ray" / "auth_token").read_text().strip()
+        request = urllib.request.Request(f"{self.dashboard}/{path}", headers={"Authorization": f"Bearer {token}"})
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return dict(json.load(answer))
+        except (OSError, http.client.HTTPException, ValueError):  # the last: it was cut off in the middle of an answer
+            return {}
 
     def ray(self, *words: str) -> subprocess.CompletedProcess[str]:
         """`ray job`, or another command that speaks to the head over HTTP, from outside."""
@@ -172,13 +192,7 @@ class Hosts:
 
     def status(self, name: str) -> str:
         """Of a job, as the head says over HTTP: `PENDING`, `RUNNING`, `SUCCEEDED`, `FAILED`, `STOPPED`; empty when it says nothing."""
-        token = (Path(self.environment["HOME"]) / ".ray" / "auth_token").read_text().strip()
-        request = urllib.request.Request(f"{self.dashboard}/api/jobs/{name}", headers={"Authorization": f"Bearer {token}"})
-        try:
-            with urllib.request.urlopen(request, timeout=10) as answer:
-                return json.load(answer)["status"]
-        except (OSError, http.client.HTTPException, ValueError):  # the last: it was cut off in the middle of an answer
-            return ""
+        return str(self._get(f"api/jobs/{name}").get("status", ""))
 
     def log(self, name: str) -> str:
         """What a job has said so far."""
