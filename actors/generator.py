@@ -297,7 +297,7 @@ class Generator(Pool[GeneratorWorker]):
         """Leave GPUs to the others until the next publication, or `stream`, with generator.sleep_between_phases; what was asked and not answered is forgotten."""
         if not self._config.sleep_between_phases or self._publication is None or self._asleep:
             return
-        self._advance_until(self._has_replaced_the_dead)  # a worker that is being built would take its part of the GPU afterwards
+        self._advance_until(self._nobody_is_being_built)  # else it would take its part of the GPU afterwards
         self.call(GeneratorWorker.sleep).result()
         for worker in self.workers:
             worker.version = -1

