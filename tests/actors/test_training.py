@@ -46,6 +46,8 @@ def test_the_disk_holds_the_rows_of_a_step_before_there_is_a_checkpoint_of_it(tr
 def test_of_weights_that_did_not_arrive_the_line_says_who_died(training: Training, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     cluster = SimpleNamespace(with_a_learner=lambda role: role == "policy")
     training.policy = SimpleNamespace(cluster=cluster, who_died=lambda: "policy rank 0 of 2 (process 4711 on 10.0.0.5) died")  # type: ignore[assignment]
+    rests: list[str] = []
+    training.generator = SimpleNamespace(rest=lambda: rests.append("generator"))  # type: ignore[assignment]
     training._rewinds_left = 1
     for name in ("_restore", "_end_change"):
         monkeypatch.setattr(training, name, lambda *_: None)
@@ -53,3 +55,4 @@ def test_of_weights_that_did_not_arrive_the_line_says_who_died(training: Trainin
     died = "policy rank 0 of 2 (process 4711 on 10.0.0.5) died"
     line = f"the policy's weights 7 did not reach the generator (PublicationLost: gone): {died}; the learners start again and go on after step 0"
     assert line in capsys.readouterr().out
+    assert rests == ["generator"]  # before new learners take their part of a GPU
