@@ -11,7 +11,8 @@ from tests.chaos.faults import FAULTS, of_form
 from tests.chaos.world import FORMS, RewardServer, World
 from tests.jobs.runs import CHECKOUT
 
-MOMENTS = (("reference", "reward_model"), ("generator", "function"), ("policy", "critic", "server_hangs"))
+MOMENTS = (("reference", "reward_model", "server_hangs"), ("generator", "function"), ("policy", "critic"))
+"""The critic's death is that of the process that asks the server, which then cannot say that it got no answer."""
 ROLES = [role for moment in MOMENTS for role in moment]
 
 
